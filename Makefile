@@ -1,0 +1,47 @@
+# Retrace. `make help` lists what can be made; SCALE and HARDWARE choose the size and the machine.
+SCALE    ?= laptop
+HARDWARE ?= cpu
+PYTHON   ?= python3
+BIN      := .venv/bin
+READY    := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint smoke reproduce-% reproduce report bench clean
+
+help:  ## show this
+	@grep -hE '^[a-z%-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 24
+	@echo "SCALE=smoke|laptop (now $(SCALE)), HARDWARE=a file of configs/hardware (now $(HARDWARE))"
+
+setup: $(READY)  ## a virtual environment in .venv with everything that is needed
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Retrace needs Python 3.11 or newer; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+test: $(READY)  ## the tests: offline, minutes
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+smoke: $(READY)  ## every ablation and arm at its smallest, seed 0
+	RETRACE_HOME=$${RETRACE_HOME:-$(CURDIR)/runs/smoke} $(BIN)/retrace run quietstar scale=smoke seed=0
+
+reproduce-%: $(READY)  ## run a paper's ablations, judge its claims: reproduce-quietstar
+	$(BIN)/retrace run $* scale=$(SCALE) hardware=$(HARDWARE)
+	$(BIN)/retrace report $* --scale $(SCALE)
+
+reproduce: reproduce-quietstar  ## all papers
+
+report: $(READY)  ## the verdicts and the page, from the records there are
+	$(BIN)/retrace report quietstar --scale $(SCALE)
+
+bench: $(READY)  ## benchmarks: ratios against a reference, never a test
+	$(BIN)/python benchmarks/thought_step.py
+
+clean:  ## forget runs; records and reports stay
+	rm -rf runs

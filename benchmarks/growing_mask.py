@@ -1,0 +1,197 @@
+"""The plain reference for Quiet-STaR's training step: sequential passes under a growing T x kT mask.
+
+Written from the specification (sections 1.2, 6.1-6.3), it computes what `ThoughtModel` computes, in the way of the
+published method: rows are repeated for the P thoughts, every inserted token is one pass of the whole sequence through
+the trunk with a key-value cache, and each pass attends, by a 4-D mask, to causal text plus one diagonal per earlier
+pass. It does not carry the published code's avoidable waste (one-hot embedding products, unused mixed logits): masks
+are slices of one, attention is transformers' SDPA. Tests take it for the truth, benchmarks for the baseline.
+
+Shapes: B sequences, A = B * P rows, T text tokens, P thoughts, M sampled tokens, S true tokens, C hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from retrace.papers.quietstar.model import ThoughtModel
+
+
+@dataclass
+class ReferenceStep:
+    """The loss with its parts, the thoughts behind it and the hidden states of every pass (base first), (A, T, C)."""
+
+    loss: Tensor
+    base_loss: Tensor
+    talk_loss: Tensor
+    policy_loss: Tensor
+    reward_BPI: Tensor
+    thoughts_BPTM: Tensor
+    hidden: list[Tensor]
+
+
+@contextmanager
+def own_attention(trunk: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The trunk with transformers' SDPA attention, for the time of the block."""
+    before = trunk.config._attn_implementation
+    trunk.set_attn_implementation("sdpa")
+    try:
+        yield trunk
+    finally:
+        trunk.set_attn_implementation(before)
+
+
+@dataclass
+class Passes:
+    """Sequential passes over all positions; each call feeds one token per position and returns hidden states."""
+
+    trunk: PreTrainedModel
+    mask_A1TL: Tensor
+    position_ids_AT: Tensor
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    hidden: list[Tensor] = field(default_factory=list)
+
+    def feed(self, embeds_ATC: Tensor) -> Tensor:
+        done = len(self.hidden)
+        output = self.trunk.base_model(
+            inputs_embeds=embeds_ATC,
+            attention_mask=self.mask_A1TL[..., : (done + 1) * embeds_ATC.shape[1]],
+            position_ids=self.position_ids_AT + done,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.hidden.append(output.last_hidden_state)
+        return output.last_hidden_state
+
+
+def growing_mask(real_AT: Tensor, num_passes: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask (A or 1, 1, T, num_passes * T): causal text in the first block, a diagonal in every other."""
+    rows = real_AT[:1] if bool(real_AT.all()) else real_AT
+    num_text = rows.shape[1]
+    diagonal = torch.eye(num_text, dtype=torch.bool)
+    causal = torch.ones(num_text, num_text, dtype=torch.bool).tril() & rows[:, None]
+    blocks = [causal | diagonal] + [diagonal.expand_as(causal)] * (num_passes - 1)
+    allowed = torch.cat(blocks, -1)[:, None]
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def reference_step(
+    model: ThoughtModel,
+    input_ids_BT: Tensor,
+    attention_mask_BT: Tensor | None = None,
+    *,
+    thoughts_BPTM: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> ReferenceStep:
+    """One training step's loss on the model's own weights, for recorded thoughts or, without any, sampled ones."""
+    config, num_thoughts = model.config, model.config.num_thoughts
+    ids_AT = input_ids_BT.repeat_interleave(num_thoughts, 0)
+    real_AT = torch.ones_like(ids_AT, dtype=torch.bool)
+    if attention_mask_BT is not None:
+        real_AT = attention_mask_BT.bool().repeat_interleave(num_thoughts, 0)
+    thoughts_ATM = None if thoughts_BPTM is None else thoughts_BPTM.flatten(0, 1)
+    embed, lm_head = model.trunk.get_input_embeddings(), model.trunk.get_output_embeddings()
+    num_passes = 1 + config.use_start + config.num_sampled + config.use_end + config.num_true - 1
+    with own_attention(model.trunk) as trunk:
+        passes = Passes(
+            trunk,
+            growing_mask(real_AT, num_passes, embed.weight.dtype),
+            (real_AT.cumsum(1) - 1).clamp(min=0),
+        )
+        state = passes.feed(embed(ids_AT))
+        if model.start_embedding is not None:
+            state = passes.feed(model.start_embedding.expand_as(state))
+        log_probs_AT, tokens_AT = [], []
+        for step in range(config.num_sampled):
+            logits_ATV = lm_head(state).index_fill(-1, model.blocked, -torch.inf)
+            if thoughts_ATM is None:
+                probs = (logits_ATV.detach() / config.sample_temperature).softmax(-1)
+                token_AT = torch.multinomial(probs.flatten(0, 1), 1, generator=generator).view_as(ids_AT)
+            else:
+                token_AT = thoughts_ATM[..., step]
+            log_prob = (logits_ATV / config.policy_temperature).log_softmax(-1)
+            log_probs_AT.append(log_prob.gather(-1, token_AT[..., None])[..., 0])
+            tokens_AT.append(token_AT)
+            state = passes.feed(embed(token_AT))
+        if model.end_embedding is not None:
+            state = passes.feed(model.end_embedding.expand_as(state))
+        talk = [state]
+        for offset in range(1, config.num_true):
+            talk.append(passes.feed(embed(_shift(ids_AT, offset))))
+    return _losses(
+        model, ids_AT, real_AT, passes.hidden, talk, torch.stack(log_probs_AT, -1), torch.stack(tokens_AT, -1)
+    )
+
+
+def _shift(tensor: Tensor, offset: int) -> Tensor:
+    """Move the second dimension left by `offset`, zeros at its end."""
+    return torch.cat([tensor[:, offset:], torch.zeros_like(tensor[:, :offset])], 1)
+
+
+def _losses(
+    model: ThoughtModel,
+    ids_AT: Tensor,
+    real_AT: Tensor,
+    hidden: list[Tensor],
+    talk: list[Tensor],
+    log_probs_ATM: Tensor,
+    tokens_ATM: Tensor,
+) -> ReferenceStep:
+    config, lm_head, base_ATC = model.config, model.trunk.get_output_embeddings(), hidden[0]
+    num_rows, num_text = ids_AT.shape
+    num_true, num_columns = config.num_true, num_text - 1 - config.num_true
+
+    def cross_entropy(hidden_ATC: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """NLL of the token `offset` + 1 after each position, zero where there is none to predict; and its mean."""
+        keep = num_text - 1 - offset
+        valid = real_AT[:, :keep] & real_AT[:, 1 + offset :]
+        logits = lm_head(hidden_ATC[:, :keep])
+        nll = F.cross_entropy(logits.transpose(1, 2), ids_AT[:, 1 + offset :], reduction="none") * valid
+        return nll, nll.sum() / valid.sum()
+
+    base_nll, base_loss = cross_entropy(base_ATC, 0)
+    talk_losses, reward = [], 0.0
+    for offset, thought_ATC in enumerate(talk):
+        before_ATC = _shift(base_ATC, offset)
+        mixed_ATC = thought_ATC
+        if model.mixing_head is not None:
+            weight = model.mixing_head(before_ATC, thought_ATC)
+            mixed_ATC = (1 - weight) * before_ATC + weight * thought_ATC
+        nll, mean = cross_entropy(mixed_ATC, offset)
+        talk_losses.append(mean)
+        if config.reward == "thought":
+            with torch.no_grad():
+                nll, _ = cross_entropy(thought_ATC, offset)
+        gain = _shift(base_nll, offset)[:, :num_columns] - nll[:, :num_columns]
+        valid = real_AT[:, :num_columns] & real_AT[:, 1 + offset : 1 + offset + num_columns]
+        reward = reward + (gain * valid).detach()
+    reward_BPI = reward.view(-1, config.num_thoughts, num_columns)
+    advantage = reward_BPI
+    if config.baseline == "mean":
+        advantage = reward_BPI - reward_BPI.mean(1, keepdim=True)
+    elif config.baseline == "loo":
+        count = config.num_thoughts
+        advantage = (reward_BPI - reward_BPI.mean(1, keepdim=True)) * count / (count - 1)
+    if config.positive_only:
+        advantage = advantage.clamp(min=0)
+    policy_loss = -(advantage.reshape(num_rows, num_columns, 1) * log_probs_ATM[:, :num_columns]).mean()
+    talk_loss = sum(talk_losses) / num_true
+    loss = (
+        config.base_loss_weight * base_loss + config.talk_loss_weight * talk_loss + config.policy_weight * policy_loss
+    )
+    thoughts = tokens_ATM.view(-1, config.num_thoughts, *tokens_ATM.shape[1:])
+    return ReferenceStep(loss, base_loss, talk_loss, policy_loss, reward_BPI, thoughts, hidden)
+
+
+def naive_hidden(trunk: PreTrainedModel, input_ids_T: Tensor, thread_KC: Tensor, *, position: int) -> Tensor:
+    """Hidden states (K, C) of one thread after text 0..`position`: one ordinary causal run, positions 0, 1, 2, ..."""
+    text_1IC = trunk.get_input_embeddings()(input_ids_T[None, : position + 1])
+    with own_attention(trunk):
+        output = trunk.base_model(inputs_embeds=torch.cat([text_1IC, thread_KC[None]], 1), use_cache=False)
+    return output.last_hidden_state[0, position + 1 :]

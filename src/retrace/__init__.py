@@ -1,0 +1,1 @@
+"""Retrace: run the ablations of a paper and compute, from recorded runs, which claims came back."""

@@ -1,0 +1,153 @@
+"""The command line: parses and delegates. `retrace run quietstar/thought_length scale=laptop seed=0,1,2`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from retrace.core import plan as planning
+from retrace.core.config import CONFIGS, HOME, papers
+from retrace.core.paper import load_paper
+from retrace.core.plan import RunSpec
+from retrace.core.store import Store
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Run the ablations of a paper and see, from recorded runs, which of its claims came back.",
+)
+console = Console(soft_wrap=False)
+
+Words = Annotated[
+    list[str],
+    typer.Argument(
+        help="Targets (a paper, paper/ablation or paper/main) and Hydra overrides: scale=smoke seed=0,1 thoughts.num_true=2",
+        show_default=False,
+    ),
+]
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Targets and overrides of a command line; raises ValueError without a target."""
+    targets = [word for word in words if "=" not in word and not word.startswith(("+", "~"))]
+    if not targets:
+        raise ValueError(f"no target given: name a paper ({', '.join(papers())}) or paper/ablation; see `retrace list`")
+    return targets, [word for word in words if word not in targets]
+
+
+@app.command("list")
+def list_() -> None:
+    """Show every paper with its ablations and arms."""
+    for slug in papers():
+        paper = load_paper(slug)
+        table = Table("ablation", "question", "where", "arms (baseline first)", "seeds", box=None, title_justify="left")
+        table.title = f"[bold]{slug}[/]: {paper.title} (arXiv {paper.arxiv})"
+        for name, ablation in planning.load_ablations(slug).items():
+            arms = [ablation.baseline, *(arm for arm in ablation.arms if arm != ablation.baseline)]
+            seeds = " ".join(map(str, ablation.seeds))
+            table.add_row(f"{slug}/{name}", ablation.question, ablation.locus, ", ".join(arms), seeds)
+        console.print(table)
+
+
+@app.command()
+def plan(words: Words) -> None:
+    """Show the runs that a command would need, with what each costs, and start nothing."""
+    from retrace.core.planview import print_plan
+
+    targets, overrides = split(words)
+    print_plan(planning.plan(targets, overrides), store=Store(), console=console)
+
+
+@app.command()
+def run(words: Words) -> None:
+    """Start, resume, or do nothing where nothing is left; the same command serves for all three."""
+    targets, overrides = split(words)
+    raise typer.Exit(sweep(planning.plan(targets, overrides, check=True)))
+
+
+def sweep(specs: list[RunSpec]) -> int:
+    """Carry out runs on this machine; exit code 0, or 1 when some failed or were stopped."""
+    from retrace.core import planview
+    from retrace.core.launch import Local
+    from retrace.core.progress import SweepProgress, duration
+
+    store = Store()
+    command = shlex.join(["retrace", *sys.argv[1:]])
+    expected = planview.expected_seconds(specs, store=store)
+    with SweepProgress(specs, store=store, console=console, expected=expected) as progress:
+        try:
+            summary = Local(store, command=command, on_change=progress.on_change).run(specs)
+        except KeyboardInterrupt:
+            console.print("stopped; every run keeps its last checkpoint, and the same command goes on from there")
+            return 130
+    finished = len(specs) - len(summary.failed) - len(summary.skipped) - len(summary.stopped)
+    counts = f"{finished} of {len(specs)} runs finished"
+    counts += f", {len(summary.diverged)} of them diverged" if summary.diverged else ""
+    counts += f", {len(summary.stopped)} stopped (the same command goes on)" if summary.stopped else ""
+    counts += f", {len(summary.failed)} failed" if summary.failed else ""
+    counts += f", {len(summary.skipped)} not tried because they build on those" if summary.skipped else ""
+    console.print(f"{counts}; {duration(progress.seconds)} here", highlight=False)
+    for run_id, reason in summary.failed.items():
+        console.print(f"  {run_id}: {reason}", highlight=False, markup=False)
+    return 1 if summary.failed or summary.stopped else 0
+
+
+@app.command()
+def status(
+    words: Annotated[list[str] | None, typer.Argument(help="As for `run`; nothing: all runs on disk")] = None,
+) -> None:
+    """Show how far runs are and why failed ones failed."""
+    from retrace.core.planview import print_status
+
+    specs = planning.plan(*split(words)) if words else None
+    print_status(specs, store=Store(), console=console)
+
+
+@app.command()
+def report(
+    slug: Annotated[str, typer.Argument(help="A paper", metavar="PAPER")],
+    scale: Annotated[str, typer.Option(help="Judge the records of this scale")] = "laptop",
+) -> None:
+    """Judge every claim from the records, print the verdicts, and write REPORT.md and index.html."""
+    from retrace.core.publish import write_report
+
+    write_report(slug, scale=scale, store=Store(), console=console)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what is missing, and how to get it."""
+    from retrace.core.doctor import print_checks
+
+    raise typer.Exit(print_checks(console, home=HOME, configs=CONFIGS))
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except ValueError as error:
+        if os.environ.get("RETRACE_TRACEBACK"):
+            raise
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

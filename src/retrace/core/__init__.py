@@ -1,0 +1,1 @@
+"""Everything that a paper shares with other papers; knows none of them."""

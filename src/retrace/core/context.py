@@ -1,0 +1,40 @@
+"""What a program gets beside its config: its folder, its parents' folders, somewhere to log, and the wish to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from retrace.core.config import Hardware
+from retrace.core.store import RunDir
+from retrace.core.tracking import Tracker
+
+
+class Diverged(RuntimeError):
+    """The loss is no number any more. A result, not a crash; `metrics` are the last good values."""
+
+    def __init__(self, step: int, metrics: Mapping[str, float]) -> None:
+        super().__init__(f"the loss was not finite at step {step}")
+        self.step = step
+        self.metrics = dict(metrics)
+
+
+class Stopped(RuntimeError):
+    """The run was asked to stop and left a checkpoint; the same command goes on from it."""
+
+
+@dataclass
+class Context:
+    """Handed to every program as its second argument. `cost` is filled in by what the program really used."""
+
+    run: RunDir
+    seed: int
+    parents: Mapping[str, RunDir]
+    hardware: Hardware
+    tracker: Tracker
+    stop: threading.Event
+    is_main: bool = True  # of several processes, the one that writes
+    cost: dict[str, float | None] = field(default_factory=dict)  # tokens, flops, seconds, mfu
+    notes: dict[str, Any] = field(default_factory=dict)  # what else belongs into the record's provenance

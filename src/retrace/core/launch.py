@@ -1,0 +1,218 @@
+"""Carries out planned runs on this machine: a pool of warm workers, each run as soon as what it builds on is there.
+
+One process pays the imports once and then runs whatever comes; a run of several processes gets its own
+`accelerate launch`. A worker that dies takes down its run, which is told, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from retrace.core.plan import RunSpec
+from retrace.core.store import FINISHED, Store
+
+BUSY_SECONDS = 2.0  # between two looks at a run that somebody else holds
+
+
+@dataclass
+class Summary:
+    """What became of each run of a sweep, by id."""
+
+    done: list[str] = field(default_factory=list)
+    diverged: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # id -> first line of why
+    skipped: dict[str, str] = field(default_factory=dict)  # id -> the failed run that it builds on
+    stopped: list[str] = field(default_factory=list)
+
+
+class Worker:
+    """A process that runs one run at a time; started again when it has died."""
+
+    def __init__(self, *, threads: int) -> None:
+        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        self._environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        self._process: subprocess.Popen[str] | None = None
+        self._errors: list[str] = []
+
+    def run(self, spec: RunSpec, path: Path) -> tuple[str, str]:
+        """(status, reason) of one run; blocks until it has ended."""
+        if spec.hardware.processes > 1:
+            return self._run_many(spec, path)
+        process = self._process
+        if process is None or process.poll() is not None:
+            process = self._start([sys.executable, "-m", "retrace.worker", "-"])
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(f"{path}\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            return self._died(process)
+        answer = json.loads(line)
+        return answer["status"], answer["reason"]
+
+    def _run_many(self, spec: RunSpec, path: Path) -> tuple[str, str]:
+        """A run of several processes, through Accelerate's launcher."""
+        hardware = spec.hardware
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(hardware.processes)]
+        command += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", "0", "-m", "retrace.worker", str(path)]
+        if hardware.device == "cpu":  # `--cpu` starts a single process; this is what really gives several
+            self._environment["ACCELERATE_USE_CPU"] = "true"
+        process = self._start(command)
+        output, _ = process.communicate()
+        self._process = None
+        status, _, reason = output.strip().rpartition("\n")[2].partition(" ")
+        if status not in (*FINISHED, "FAILED", "STOPPED", "BUSY"):
+            return self._died(process)
+        return status, reason
+
+    def _start(self, command: list[str]) -> subprocess.Popen[str]:
+        self._errors = []
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self._environment,
+        )
+        threading.Thread(target=self._drain, args=(self._process,), daemon=True).start()
+        return self._process
+
+    def _drain(self, process: subprocess.Popen[str]) -> None:
+        """Keep the last lines that a worker wrote on stderr: the reason, should it die."""
+        assert process.stderr is not None
+        for line in process.stderr:
+            self._errors = [*self._errors[-19:], line.rstrip()]
+
+    def _died(self, process: subprocess.Popen[str]) -> tuple[str, str]:
+        code = process.wait()
+        self._process = None
+        last = next((line for line in reversed(self._errors) if line.strip()), "it wrote nothing")
+        if code == 3:
+            return "STOPPED", last
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        hint = "; out of memory? lower micro_batch_size or hardware.parallel_runs" if code == -9 else ""
+        return "FAILED", f"its worker died ({how}{hint}): {last}"
+
+    def close(self) -> None:
+        """End the process: it sees the end of its input."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            try:
+                self._process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+
+
+class Local:
+    """This machine. `on_change` is called with (id, status, reason) whenever a run starts or ends."""
+
+    def __init__(self, store: Store, *, command: str, on_change: Callable[[str, str, str], None]) -> None:
+        self._store = store
+        self._command = command
+        self._on_change = on_change
+        self._halt = threading.Event()  # set on Ctrl-C: nothing new is started
+
+    def run(self, specs: Sequence[RunSpec]) -> Summary:
+        """Carry out all runs that are not finished. On Ctrl-C the runs in hand save and stop, then it is raised."""
+        summary = Summary()
+        waiting = {spec.id: spec for spec in specs if not self._store.run(spec.id).state().finished}
+        for spec in specs:
+            if spec.id not in waiting:
+                self._store.relabel(spec)
+        if not waiting:
+            return summary
+        slots = min(len(waiting), next(iter(waiting.values())).hardware.slots)
+        ready: queue.Queue[RunSpec | None] = queue.Queue()
+        ended: queue.Queue[tuple[RunSpec, str, str]] = queue.Queue()
+        threads = [threading.Thread(target=self._serve, args=(ready, ended), daemon=True) for _ in range(slots)]
+        for thread in threads:
+            thread.start()
+        try:
+            self._schedule(waiting, ready, ended, summary)
+        finally:
+            self._halt.set()
+            for _ in threads:
+                ready.put(None)
+            for thread in threads:
+                thread.join()
+        return summary
+
+    def _schedule(
+        self,
+        waiting: dict[str, RunSpec],
+        ready: queue.Queue[RunSpec | None],
+        ended: queue.Queue[tuple[RunSpec, str, str]],
+        summary: Summary,
+    ) -> None:
+        """Hand out runs whose parents are done, until nothing waits and nothing runs."""
+        running = 0
+        blocked: set[str] = set(waiting)  # ids that are not done yet
+        while waiting or running:
+            for spec in list(waiting.values()):
+                if not blocked & set(spec.parents.values()):
+                    del waiting[spec.id]
+                    running += 1
+                    ready.put(spec)
+            spec, status, reason = ended.get()
+            running -= 1
+            if status == "BUSY":
+                waiting[spec.id] = spec
+                continue
+            self._on_change(spec.id, status, reason)
+            if status in FINISHED:
+                blocked.discard(spec.id)
+                (summary.done if status == "DONE" else summary.diverged).append(spec.id)
+                if status == "DIVERGED":
+                    _skip_children(spec.id, waiting, summary)
+            elif status == "STOPPED":
+                self._halt.set()
+                summary.stopped.append(spec.id)
+                waiting.clear()
+            else:
+                summary.failed[spec.id] = reason
+                _skip_children(spec.id, waiting, summary)
+
+    def _serve(self, ready: queue.Queue[RunSpec | None], ended: queue.Queue[tuple[RunSpec, str, str]]) -> None:
+        """One slot: freeze a run, give it to the worker, report."""
+        worker: Worker | None = None
+        while (spec := ready.get()) is not None:
+            if self._halt.is_set():
+                ended.put((spec, "STOPPED", ""))
+                continue
+            run = self._store.run(spec.id)
+            try:
+                run.freeze(spec, command=self._command)
+                worker = worker or Worker(threads=spec.hardware.threads)
+                self._on_change(spec.id, "RUNNING", "")
+                status, reason = worker.run(spec, run.path)
+            except OSError as error:
+                status, reason = "FAILED", f"{type(error).__name__}: {error}"
+            if status == "BUSY":
+                time.sleep(BUSY_SECONDS)
+            ended.put((spec, status, reason))
+        if worker is not None:
+            worker.close()
+
+
+def _skip_children(failed: str, waiting: dict[str, RunSpec], summary: Summary) -> None:
+    """Take out of the queue everything that builds on a run without a result to build on."""
+    for spec in list(waiting.values()):
+        if failed in spec.parents.values() and spec.id in waiting:
+            del waiting[spec.id]
+            summary.skipped[spec.id] = failed
+            _skip_children(spec.id, waiting, summary)

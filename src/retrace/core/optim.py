@@ -1,0 +1,40 @@
+"""Optimizer settings, shared by every program that trains: AdamW, warm-up, decay, clipping."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from retrace.core.config import Frozen
+
+
+class Optim(Frozen):
+    """AdamW over `steps` updates of a global batch of `batch_size` sequences."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)  # sequences in an update, over all processes
+    micro_batch_size: int = Field(ge=1)  # sequences in one forward pass of one process
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(ge=0)
+    decay: Literal["constant", "linear", "cosine"]
+    decay_steps: int | None = Field(None, ge=1)  # where the decay ends; null: at `steps`
+    weight_decay: float = Field(ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    clip_norm: float = Field(gt=0)
+    clip: Literal["global", "per_group"]  # the norm that is clipped: of all gradients, or of each parameter group
+
+    def factor(self, step: int) -> float:
+        """Learning rate at update `step` (from 0) as a share of its peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        span = max(1, (self.decay_steps or self.steps) - self.warmup_steps)
+        done = min(1.0, (step - self.warmup_steps) / span)
+        if self.decay == "linear":
+            return 1.0 - done
+        if self.decay == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+        return 1.0

@@ -1,0 +1,69 @@
+"""The contract between the core and a paper: what a paper package must hand over to be planned, run and judged.
+
+A paper's `__init__.py` defines `PAPER`. It imports no torch: programs are named as "module:function" and are imported
+where they run, so that planning a cluster sweep on a login node stays instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from retrace.core.config import Experiment, Frozen, papers
+
+if TYPE_CHECKING:
+    from retrace.core.cost import Cost
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run that an experiment needs: a program, its own config, and the stages whose results it builds on."""
+
+    program: str
+    config: Frozen
+    parents: Mapping[str, Stage] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a stage can execute. `entry` is "package.module:function", called as (config, ctx) -> metrics."""
+
+    config: type[Frozen]
+    entry: str
+    cost: Callable[[Any], Cost]
+
+    def load(self) -> Callable[[Any, Any], Mapping[str, float]]:
+        """Import the program's module and return the function."""
+        module, _, name = self.entry.partition(":")
+        function: Callable[[Any, Any], Mapping[str, float]] = getattr(importlib.import_module(module), name)
+        return function
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper as the core sees it. `recipe` is bumped when the meaning of its code changes; it is part of every id.
+
+    `stages` maps a composed config to the last stage of its chain (a pure function). `check`, if given, raises
+    ValueError for what a schema can't see, such as a missing dataset folder; it runs before anything is spent.
+    """
+
+    slug: str
+    title: str
+    arxiv: str
+    recipe: int
+    config: type[Experiment]
+    stages: Callable[[Any], Stage]
+    programs: Mapping[str, Program]
+    check: Callable[[Any], None] = lambda config: None
+
+
+def load_paper(slug: str) -> Paper:
+    """`PAPER` of `retrace.papers.<slug>`; raises ValueError for a slug that names no paper."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", slug) or slug not in papers():
+        raise ValueError(f"{slug}: no such paper; the papers are: {', '.join(papers()) or 'none'}")
+    paper = importlib.import_module(f"retrace.papers.{slug}").PAPER
+    assert isinstance(paper, Paper)
+    return paper

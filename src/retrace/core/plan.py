@@ -1,0 +1,195 @@
+"""From an ablation file to the runs that it needs: arm x seed, at one scale, with what they build on, each run once.
+
+Targets: `<paper>/<ablation>`, `<paper>/main` (the base config alone), `<paper>` (every ablation).
+Overrides are Hydra's, with its sweep syntax, and come after an arm's own. An override of a key that an arm sets takes
+the arm's place, so sweeping the key that the arms differ in gives arms of its own, and none under false names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, model_validator
+
+from retrace.core.config import (
+    CONFIGS,
+    Experiment,
+    Frozen,
+    Hardware,
+    Tracking,
+    _suggest,
+    compose,
+    expand_sweep,
+    override_key,
+    validate,
+)
+from retrace.core.identity import run_id
+from retrace.core.paper import Paper, Stage, load_paper
+
+_PLACEMENT_KEYS = ("scale", "hardware", "tracking")  # say where a run happens, not which experiment it is
+
+
+class Ablation(Frozen):
+    """configs/<paper>/ablations/<name>.yaml: the smallest diffs from a named base, and the question they answer."""
+
+    name: str
+    question: str
+    locus: str
+    base: str  # "<paper>/<config>"
+    seeds: tuple[int, ...] = Field(min_length=1)
+    baseline: str
+    arms: dict[str, tuple[str, ...]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _baseline_is_an_arm(self) -> Ablation:
+        if self.baseline not in self.arms:
+            raise ValueError(f"baseline '{self.baseline}' is not an arm; the arms are: {', '.join(self.arms)}")
+        return self
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run, ready to be frozen into runs/<id>/config.json. `parents` maps a role to the id of a run."""
+
+    id: str
+    paper: str
+    program: str
+    recipe: int
+    scale: str
+    seed: int
+    config: Frozen
+    parents: Mapping[str, str]
+    labels: tuple[str, ...]  # "<ablation>/<arm>/s<seed>": who asked for this run; no part of its identity
+    hardware: Hardware
+    tracking: Tracking
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a dict, or a ValueError that names the file and the place."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    return tree
+
+
+def load_ablations(paper: str) -> dict[str, Ablation]:
+    """Every ablation of a paper, by name, in the order of its files' names."""
+    paths = sorted((CONFIGS / paper / "ablations").glob("*.yaml"))
+    return {path.stem: load_ablation(path) for path in paths}
+
+
+def load_ablation(path: Path) -> Ablation:
+    """One ablation file, validated; raises ValueError for a wrong key or value."""
+    return validate(Ablation, {"name": path.stem, **read_yaml(path)}, source=str(path.name))
+
+
+def resolve(target: str) -> list[Ablation]:
+    """The ablations that a target of the command line names; `<paper>/main` is an ablation of one arm."""
+    slug, _, name = target.partition("/")
+    load_paper(slug)
+    if name == "main":
+        seed = compose(slug, [])["seed"]
+        arms: dict[str, tuple[str, ...]] = {"main": ()}
+        return [Ablation(name="main", question="", locus="", base=target, seeds=(seed,), baseline="main", arms=arms)]
+    ablations = load_ablations(slug)
+    if not name:
+        return list(ablations.values())
+    if name not in ablations:
+        raise ValueError(f"{target}: no such ablation{_suggest(name, ['main', *ablations])}")
+    return [ablations[name]]
+
+
+def plan(targets: Sequence[str], overrides: Sequence[str] = (), *, check: bool = False) -> list[RunSpec]:
+    """The runs of all targets, parents before children, each id once with the labels of all who need it.
+
+    `check` also asks each paper for what a config can't show, such as missing datasets; do so before starting runs.
+    Raises ValueError before anything is spent.
+    """
+    sweep = expand_sweep(overrides)
+    specs: dict[str, RunSpec] = {}
+    for target in targets:
+        paper = load_paper(target.partition("/")[0])
+        for ablation in resolve(target):
+            for arm, seed, lines in _arms(ablation, sweep):
+                label = f"{ablation.name}/{arm}/s{seed}"
+                experiment = _compose(paper, ablation, lines)
+                if check:
+                    paper.check(experiment)
+                for spec in _runs(paper, experiment, label):
+                    known = specs.get(spec.id)
+                    labels = known.labels + spec.labels if known else spec.labels
+                    specs[spec.id] = dataclasses.replace(spec, labels=tuple(dict.fromkeys(labels)))
+    return list(specs.values())
+
+
+def _arms(ablation: Ablation, sweep: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, int, list[str]]]:
+    """(arm name, seed, overrides) of every run; see the module's docstring for arms that an override replaces."""
+    seen = set()
+    for chosen in sweep:
+        keys = {override_key(text) for text in chosen}
+        extra = [t for t in chosen if override_key(t).split(".")[0] not in (*_PLACEMENT_KEYS, "seed")]
+        seeds = [_seed(t) for t in chosen if override_key(t) == "seed"] or ablation.seeds
+        for arm, own in ablation.arms.items():
+            kept = [text for text in own if override_key(text) not in keys]
+            name = ",".join([*([arm] if kept or not own else []), *extra]) or arm
+            for seed in seeds:
+                if (name, seed) not in seen:
+                    seen.add((name, seed))
+                    yield name, seed, [*kept, *chosen, f"seed={seed}"]
+
+
+def _seed(override: str) -> int:
+    text = override.partition("=")[2]
+    if not text.isdigit():
+        raise ValueError(f"{override}: seeds are whole numbers from 0, as in seed=0 or seed=0,1,2 or seed=range(3)")
+    return int(text)
+
+
+def _compose(paper: Paper, ablation: Ablation, overrides: Iterable[str]) -> Experiment:
+    slug, _, name = ablation.base.partition("/")
+    if slug != paper.slug or not name:
+        raise ValueError(f"{ablation.name}.yaml: base={ablation.base!r}: expected {paper.slug}/<config>")
+    lines = list(overrides)
+    return validate(paper.config, compose(slug, lines, name=name), source=f"{slug}/{ablation.name}")
+
+
+def _runs(paper: Paper, experiment: Experiment, label: str) -> Iterator[RunSpec]:
+    """The chain of an experiment, parents first."""
+
+    def visit(stage: Stage) -> Iterator[RunSpec]:
+        ids = {}
+        for role, parent in stage.parents.items():
+            chain = list(visit(parent))
+            ids[role] = chain[-1].id
+            yield from chain
+        identity = run_id(
+            paper=paper.slug,
+            program=stage.program,
+            recipe=paper.recipe,
+            scale=experiment.scale,
+            config=stage.config,
+            parents=ids,
+        )
+        yield RunSpec(
+            id=identity,
+            paper=paper.slug,
+            program=stage.program,
+            recipe=paper.recipe,
+            scale=experiment.scale,
+            seed=experiment.seed,
+            config=stage.config,
+            parents=ids,
+            labels=(label,),
+            hardware=experiment.hardware,
+            tracking=experiment.tracking,
+        )
+
+    yield from visit(paper.stages(experiment))

@@ -1,0 +1,84 @@
+"""Where a number comes from: code, packages, machine, data, command. Read once a process; no network, no torch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "accelerate",
+    "datasets",
+    "lm-eval",
+    "numpy",
+    "retrace",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+
+@functools.cache
+def code() -> dict[str, Any]:
+    """Commit of the checkout and, where it has uncommitted changes, the hash of their diff."""
+    root = Path(__file__).resolve().parents[3]
+    sha = _git(root, "rev-parse", "HEAD")
+    diff = _git(root, "diff", "HEAD", "--", "src", "configs") if sha else None
+    return {
+        "git": sha,
+        "dirty": bool(diff) if sha else None,
+        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None,
+    }
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@functools.cache
+def packages() -> dict[str, str]:
+    """Versions of the packages that can move a number."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def processor() -> str:
+    """The CPU's name as the operating system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe(*, device: str, processes: int, threads: int, hardware_config: str, command: str) -> dict[str, Any]:
+    """Provenance of a run. `device` is the accelerator's name, or "" on a CPU."""
+    place = device or f"{processor()}, {threads} thread{'s' * (threads > 1)}"
+    return {
+        **code(),
+        "packages": packages(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "hardware": place if processes == 1 else f"{processes} x {place}",
+        "hardware_config": hardware_config,
+        "command": command,
+        "cores": os.cpu_count(),
+    }

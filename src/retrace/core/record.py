@@ -1,0 +1,71 @@
+"""A record: the small committed truth of one finished run, from which every figure and every verdict is computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError
+
+from retrace.core.config import Frozen
+
+SCHEMA = 1
+
+
+class RunCost(Frozen):
+    """What a run used; None is unknown."""
+
+    tokens: float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+    mfu: float | None = None
+
+
+class Record(Frozen):
+    """results/<paper>/records/<id>.json."""
+
+    schema_version: Literal[1] = Field(1, alias="schema")
+    id: str
+    paper: str
+    program: str
+    recipe: int
+    labels: tuple[str, ...]  # "<ablation>/<arm>/s<seed>"
+    scale: str
+    seed: int
+    status: Literal["DONE", "DIVERGED"]
+    config: dict[str, Any]
+    parents: dict[str, str]
+    metrics: dict[str, float]
+    series: dict[str, tuple[tuple[int, float], ...]]  # curves of a few dozen points: (step, value)
+    cost: RunCost
+    provenance: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a record; raises ValueError, naming the file, for another schema or a broken file."""
+        text = path.read_text()
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            found = _schema_of(text)
+            if found not in (None, SCHEMA):
+                raise ValueError(f"{path}: schema {found}, this version reads schema {SCHEMA}; rerun the run") from None
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"{path}: not a record: {where}: {first['msg']}; delete it and rerun") from None
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    def relabelled(self, labels: tuple[str, ...]) -> Self:
+        return self.model_copy(update={"labels": labels})
+
+
+def _schema_of(text: str) -> Any:
+    try:
+        tree = json.loads(text)
+    except ValueError:
+        return None
+    return tree.get("schema") if isinstance(tree, Mapping) else None

@@ -1,0 +1,146 @@
+"""Records as samples: which value each arm and seed has, at one scale, and why a value is not there.
+
+A label "<ablation>/<arm>/s<seed>" stands on every record of a chain (base model, training, evaluation). The records of a
+chain are read as one: a metric comes from the last run of the chain that has it. Only DONE runs have metrics. A run that
+diverged is a result and not a gap: every chain has the metric `diverged`, 1.0 as soon as one of its runs diverged, 0.0
+once all of them are done, and missing before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from retrace.core.record import Record
+
+DIVERGED = "diverged"  # the metric that every finished chain has
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that the ablation files ask for, and how far it is; the records of a label are those of its planned runs."""
+
+    id: str
+    program: str
+    labels: tuple[str, ...]
+    status: str  # PLANNED, RUNNING, DONE, DIVERGED or FAILED
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One number and the record that it stands in."""
+
+    value: float
+    record: Record
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The records of one label, parents before children. `complete`: every run of the chain is among them."""
+
+    records: tuple[Record, ...]
+    complete: bool
+
+    @cached_property
+    def metrics(self) -> dict[str, Sample]:
+        """Every metric of the chain; of two runs with a metric of one name, the later counts."""
+        done = [record for record in self.records if record.status == "DONE"]
+        found = {name: Sample(value, record) for record in done for name, value in record.metrics.items()}
+        diverged = [record for record in self.records if record.status == "DIVERGED"]
+        if diverged:
+            found[DIVERGED] = Sample(1.0, diverged[0])
+        elif self.complete and len(done) == len(self.records):
+            found[DIVERGED] = Sample(0.0, done[-1])
+        return found
+
+    @cached_property
+    def series(self) -> dict[str, tuple[tuple[int, float], ...]]:
+        """Every training curve of the chain, also of a run that diverged."""
+        return {name: curve for record in self.records for name, curve in record.series.items()}
+
+    @property
+    def trouble(self) -> str:
+        """'diverged', 'failed', or ''."""
+        statuses = {record.status for record in self.records}
+        return "diverged" if "DIVERGED" in statuses else "failed" if "FAILED" in statuses else ""
+
+
+class Samples:
+    """The records of one scale, read once: `chains[ablation][arm][seed]`.
+
+    Where `planned` names runs for a label, only their records count. So after a change of a config, the records of the
+    old one stay on file and out of the verdicts. Other labels (arms that only a command line made) take, of several
+    records of one program, the one that finished last.
+    """
+
+    def __init__(self, records: Iterable[Record], *, scale: str, planned: Sequence[Planned] = ()) -> None:
+        self.scale = scale
+        self.chains: dict[str, dict[str, dict[int, Chain]]] = {}
+        self.planned = tuple(planned)
+        records = list(records)
+        self.other_scales = sorted({record.scale for record in records} - {scale})
+        self._by_id = {record.id: record for record in records if record.scale == scale}
+        self._fill(self._group())
+        used = {record.id for chain in self._all() for record in chain.records}
+        self.used = tuple(record for record in self._by_id.values() if record.id in used)
+        self.unused = len(self._by_id) - len(self.used)
+
+    def values(self, ablation: str, arm: str, metric: str) -> dict[int, Sample]:
+        """The samples of a metric by seed; seeds without a value are left out."""
+        chains = self.chains.get(ablation, {}).get(arm, {})
+        return {seed: chain.metrics[metric] for seed, chain in chains.items() if metric in chain.metrics}
+
+    def trouble(self, ablation: str, arm: str) -> dict[int, str]:
+        """Why seeds of an arm have no value, where the records tell: 'diverged' or 'failed'."""
+        chains = self.chains.get(ablation, {}).get(arm, {})
+        return {seed: chain.trouble for seed, chain in chains.items() if chain.trouble}
+
+    def metrics(self, ablation: str) -> list[str]:
+        """Names of all metrics of an ablation's runs, in the order of the alphabet."""
+        arms = self.chains.get(ablation, {}).values()
+        return sorted({name for seeds in arms for chain in seeds.values() for name in chain.metrics})
+
+    def series(self, ablation: str) -> list[str]:
+        """Names of all training curves of an ablation's runs; losses first."""
+        arms = self.chains.get(ablation, {}).values()
+        names = {name for seeds in arms for chain in seeds.values() for name in chain.series}
+        return sorted(names, key=lambda name: ("loss" not in name, name))
+
+    def _all(self) -> Iterable[Chain]:
+        return (chain for arms in self.chains.values() for seeds in arms.values() for chain in seeds.values())
+
+    def _group(self) -> dict[str, dict[str, Record]]:
+        """label -> program -> the record that counts."""
+        wanted: dict[str, set[str]] = {}
+        for run in self.planned:
+            for label in run.labels:
+                wanted.setdefault(label, set()).add(run.id)
+        groups: dict[str, dict[str, Record]] = {}
+        for record in sorted(self._by_id.values(), key=lambda r: (str(r.provenance.get("finished", "")), r.id)):
+            for label in record.labels:
+                if label not in wanted or record.id in wanted[label]:
+                    groups.setdefault(label, {})[record.program] = record
+        return groups
+
+    def _fill(self, groups: dict[str, dict[str, Record]]) -> None:
+        programs: dict[str, set[str]] = {}  # label -> what its chain consists of, as far as is known
+        for run in self.planned:
+            for label in run.labels:
+                programs.setdefault(label, set()).add(run.program)
+        seen: dict[str, set[str]] = {}
+        for label, group in groups.items():
+            seen.setdefault(label.partition("/")[0], set()).update(group)
+        for label, group in sorted(groups.items()):
+            ablation, _, rest = label.partition("/")
+            arm, _, seed = rest.rpartition("/s")
+            if not arm or not seed.isdigit():
+                raise ValueError(f"label {label!r} of {next(iter(group.values())).id}: expected <ablation>/<arm>/s<seed>")
+            complete = programs.get(label, seen[ablation]) <= group.keys()
+            chain = Chain(tuple(sorted(group.values(), key=lambda r: (self._depth(r), r.id))), complete)
+            self.chains.setdefault(ablation, {}).setdefault(arm, {})[int(seed)] = chain
+
+    def _depth(self, record: Record) -> int:
+        parents = [self._by_id[parent] for parent in record.parents.values() if parent in self._by_id]
+        return 1 + max(map(self._depth, parents), default=0)

@@ -1,0 +1,96 @@
+"""Statistics over seeds: pure functions over values, on scipy.special, which is imported where it is needed.
+
+Missing is missing: nothing here fills a gap, one value has no interval, and equal values have no spread to estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+CONFIDENCE = 0.95  # of every interval in the reports, two-sided
+POWER = 0.80  # at which a detectable effect is stated
+_ROUNDING = 1e-12  # a range below this share of the largest value is floating-point rounding, not spread
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean of `n` samples. `sd` and the 95 % t interval `low`..`high` are None for one sample.
+
+    Where all samples are equal, `sd` is 0 and the interval is a point. That is absence of spread, not precision: three
+    equal outcomes say little about a fourth. Callers must tell the two apart, see `has_spread`.
+    """
+
+    mean: float
+    n: int
+    sd: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether there is variance from which an interval could be estimated."""
+        return self.sd is not None and self.sd > 0
+
+
+def estimate(values: Iterable[float]) -> Estimate | None:
+    """Mean with Student's t interval; None without values. Raises ValueError for a value that is not finite."""
+    samples = list(values)
+    if not all(math.isfinite(value) for value in samples):
+        raise ValueError(f"samples={samples}: statistics need finite numbers; leave a missing value out")
+    if not samples:
+        return None
+    n, mean = len(samples), math.fsum(samples) / len(samples)
+    if n == 1:
+        return Estimate(mean, 1, None, None, None)
+    if max(samples) - min(samples) <= _ROUNDING * max(map(abs, samples)):
+        return Estimate(mean, n, 0.0, mean, mean)
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in samples) / (n - 1))
+    half = t_quantile(n - 1) * sd / math.sqrt(n)
+    return Estimate(mean, n, sd, mean - half, mean + half)
+
+
+@cache
+def t_quantile(degrees: int) -> float:
+    """The value that |t| with so many degrees of freedom stays under with probability `CONFIDENCE`."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, (1 + CONFIDENCE) / 2))
+
+
+def paired_differences(a: Mapping[int, float], b: Mapping[int, float]) -> dict[int, float]:
+    """a - b for every seed that both have, by seed. Arms with one seed share base model and data order, hence pairs."""
+    return {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())}
+
+
+def trend_slopes(arms: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Least-squares slope over the rank of the arm (0, 1, 2, ...), for every seed that all arms have.
+
+    The linear-trend contrast: the mean change from one arm to the next, all arms counted. Raises ValueError for one arm.
+    """
+    if len(arms) < 2:
+        raise ValueError(f"trend over {len(arms)} arm(s): a slope needs two or more")
+    centred = [rank - (len(arms) - 1) / 2 for rank in range(len(arms))]
+    norm = math.fsum(weight**2 for weight in centred)
+    seeds = sorted(set.intersection(*(set(arm) for arm in arms)))
+    return {s: math.fsum(w * arm[s] for w, arm in zip(centred, arms, strict=True)) / norm for s in seeds}
+
+
+def detectable_effect(*, sd: float, n: int) -> float | None:
+    """Smallest true mean difference that `n` pairs with standard deviation `sd` would have called in its direction.
+
+    With probability `POWER`, by the two-sided t test at `CONFIDENCE` (noncentral t). None where it can't be known: fewer
+    than two pairs, or no spread.
+    """
+    if n < 2 or sd <= 0:
+        return None
+    from scipy.special import nctdtrinc
+
+    return float(nctdtrinc(n - 1, 1 - POWER, t_quantile(n - 1))) * sd / math.sqrt(n)
+
+
+def sign_test(n: int) -> float:
+    """Two-sided p of `n` samples that all have the same sign, where each sign is a fair coin."""
+    return min(1.0, 2.0 ** (1 - n))

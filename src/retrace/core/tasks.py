@@ -1,0 +1,169 @@
+"""Evaluation tasks as files: what there is, whether it can be run here, and where its rows come from.
+
+A task is a YAML in configs/<paper>/tasks, named like the task. It is lm-eval's, with three additions.
+`include: lm_eval/...` is a file of the installed lm-eval, so that a stock task can be run as it is. In `metadata`,
+`local: {split: file}` says where a split lies below RETRACE_DATA, and `allowed: [...]` lists answer strings and asks
+for the probability of the answer among them (see evaluate.py). A task with neither a `dataset_path` nor an `include`
+asks its caller for the rows.
+
+Checking imports neither torch nor lm-eval, so that a wrong task is refused before anything is spent.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retrace.core.plan import read_yaml
+
+Rows = Sequence[Mapping[str, Any]]
+HUB_SECONDS = 5.0  # how long a hub may take to answer before it counts as unreachable
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """One task's own YAML, read and checked; what it includes is left to lm-eval."""
+
+    name: str
+    folder: Path  # where lm-eval finds the task: the YAML's, or the included file's
+    settings: Mapping[str, Any]  # the YAML without `include`
+    is_generated: bool  # the rows come from the caller
+    local: Mapping[str, str]  # split -> file below the data folder; may be empty
+    allowed: Sequence[str] | None  # answer strings
+
+    @property
+    def hint(self) -> str:
+        """What to do where the hub can't be reached."""
+        cached = "set HF_HUB_OFFLINE=1 if its data is in the hub's cache on this machine"
+        files = " and ".join(self.local.values())
+        return f"set RETRACE_DATA to a folder with {files}, or {cached}" if files else cached
+
+
+def list_tasks(tasks_dir: Path) -> list[str]:
+    """Names of the tasks: the YAML files of a folder."""
+    return sorted(path.stem for path in tasks_dir.glob("*.yaml"))
+
+
+def read_task(name: str, *, tasks_dir: Path) -> TaskFile:
+    """Read one task file; raises ValueError where there is none or where it is wrong."""
+    path = tasks_dir / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"{name}: no such task; the tasks are: {', '.join(list_tasks(tasks_dir)) or 'none'}")
+    settings = read_yaml(path)
+    if settings.get("task") != name:
+        raise ValueError(f"{path}: task={settings.get('task')!r}: expected {name!r}, as the file is called")
+    include = settings.pop("include", None)
+    stock = _installed(include) if include else None
+    if stock is not None and not stock.is_file():
+        raise ValueError(f"{path}: include={include!r}: no such file; expected lm_eval/... of the installed lm-eval")
+    metadata = settings.get("metadata") or {}
+    allowed = metadata.get("allowed")
+    if allowed is not None and not (isinstance(allowed, list) and allowed and all(isinstance(a, str) for a in allowed)):
+        raise ValueError(f'{path}: metadata.allowed={allowed!r}: expected a list of quoted answers, as in ["0", "1"]')
+    is_generated = stock is None and "dataset_path" not in settings
+    if is_generated and "test_split" not in settings:
+        raise ValueError(f"{path}: test_split is missing: name the split that the generated rows are, as in test")
+    return TaskFile(
+        name=name,
+        folder=stock.parent if stock else tasks_dir,
+        settings=settings,
+        is_generated=is_generated,
+        local=metadata.get("local") or {},
+        allowed=allowed,
+    )
+
+
+def _installed(path: str) -> Path:
+    """Where a path that starts with lm_eval/ lies on this machine; found without importing lm_eval."""
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0]).parent / path
+
+
+def validate_tasks(
+    names: Sequence[str],
+    *,
+    tasks_dir: Path,
+    data_dir: Path | None,
+    generated: Collection[str],
+    probe_hub: bool = False,
+) -> None:
+    """Raise ValueError for a task that could not be evaluated here.
+
+    `generated` names the tasks whose rows the caller makes. `probe_hub` also asks the hub for an answer if it is
+    needed, which takes up to `HUB_SECONDS`: for a run about to start, not for a plan.
+    """
+    for name in names:
+        task = read_task(name, tasks_dir=tasks_dir)
+        if needs_hub(task, data_dir=data_dir, generated=generated) and probe_hub:
+            require_hub(task)
+
+
+def needs_hub(task: TaskFile, *, data_dir: Path | None, generated: Collection[str]) -> bool:
+    """Whether the rows come from the hub and not from here. Raises ValueError where they should be here and are not."""
+    if task.is_generated:
+        if task.name not in generated:
+            known = ", ".join(sorted(generated)) or "none"
+            raise ValueError(f"{task.name}: no dataset_path, and its rows are not generated; those that are: {known}")
+        return False
+    if data_dir is None or not task.local:
+        return True
+    for file in task.local.values():
+        if not (data_dir / file).is_file():
+            raise ValueError(
+                f"{task.name}: {data_dir / file} is missing: put it there, or unset RETRACE_DATA for the hub"
+            )
+    return False
+
+
+def read_rows(task: TaskFile, *, data_dir: Path | None, generated: Mapping[str, Rows]) -> dict[str, Rows] | None:
+    """The rows of each split that is here, or None where they come from the hub; raises as `needs_hub` does."""
+    if needs_hub(task, data_dir=data_dir, generated=generated):
+        return None
+    if task.is_generated:
+        return {task.settings["test_split"]: generated[task.name]}
+    assert data_dir is not None
+    return {split: _read_jsonl(data_dir / file) for split, file in task.local.items()}
+
+
+def _read_jsonl(path: Path) -> Rows:
+    with path.open(encoding="utf-8") as lines:
+        try:
+            rows = [json.loads(line) for line in lines if line.strip()]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON lines: {error}") from None
+    if not rows:
+        raise ValueError(f"{path}: no rows in it")
+    return rows
+
+
+def require_hub(task: TaskFile) -> None:
+    """Raise ValueError, within seconds, where the hub does not answer: the libraries try again for most of a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return  # whoever sets it relies on the hub's cache on this machine, which answers at once
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # an answer, if not a kind one
+        except OSError:
+            return
+        answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name takes as long as it takes, timeout or not
+    thread.start()
+    thread.join(HUB_SECONDS)
+    if not answered.is_set():
+        raise ValueError(f"{task.name}: the hub at {endpoint} can't be reached; {task.hint}")

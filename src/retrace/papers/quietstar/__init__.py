@@ -1,0 +1,29 @@
+"""Quiet-STaR (arXiv 2403.09629): a language model that thinks before every token."""
+
+from __future__ import annotations
+
+from retrace.core.paper import Paper, Program
+from retrace.papers.quietstar import cost
+from retrace.papers.quietstar.config import (
+    EvaluateConfig,
+    PretrainConfig,
+    QuietStarConfig,
+    TrainConfig,
+    check,
+    stages,
+)
+
+PAPER = Paper(
+    slug="quietstar",
+    title="Quiet-STaR: Language Models Can Teach Themselves to Think Before Speaking",
+    arxiv="2403.09629",
+    recipe=1,
+    config=QuietStarConfig,
+    stages=stages,
+    programs={
+        "pretrain": Program(PretrainConfig, "retrace.papers.quietstar.programs:pretrain", cost.pretrain),
+        "train": Program(TrainConfig, "retrace.papers.quietstar.programs:train", cost.train),
+        "evaluate": Program(EvaluateConfig, "retrace.papers.quietstar.programs:evaluate", cost.evaluate),
+    },
+    check=check,
+)

@@ -1,0 +1,199 @@
+"""What can be asked of a Quiet-STaR experiment. Names follow the paper; section numbers are the paper's.
+
+`num_sampled` counts the thought tokens that are sampled, without START and END: the official code's `n_ahead` is
+`num_sampled + 3`, and the legend of the paper's Figure 2 counts in the official way.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from retrace.core.config import CONFIGS, Experiment, Frozen, data_root
+from retrace.core.cost import DecoderShape
+from retrace.core.optim import Optim
+from retrace.core.paper import Stage
+from retrace.core.tasks import validate_tasks
+from retrace.papers.quietstar.corpus import CorpusConfig
+
+GENERATED: dict[str, Literal["arithmetic", "facts"]] = {"chains_direct": "arithmetic", "facts_direct": "facts"}
+
+
+class MixingHead(Frozen):
+    """The interpolation between the predictions without and with a thought (Section 4.3)."""
+
+    num_layers: int = Field(3, ge=1, le=8)  # linear layers, ReLU between them, hidden size = trunk's
+    bounded: Literal["none", "sigmoid"] = "none"  # "none": w is any real number, as in the official code
+    zero_init: bool = True  # last layer at zero, so that the mixed prediction starts as the base prediction
+
+
+class ThoughtConfig(Frozen):
+    """One thought at every token and how it is learned (Sections 4.1-4.5)."""
+
+    num_sampled: int = Field(ge=0, le=256)  # sampled tokens in a thought; 0: no thoughts at all, a plain LM
+    num_true: int = Field(ge=1, le=64)  # true tokens scored after each thought (the paper's n_true)
+    num_thoughts: int = Field(ge=1, le=64)  # thoughts sampled per position
+    use_start: bool = True
+    use_end: bool = True
+    start_init: str = "---"  # text whose first token's embedding initialises START
+    end_init: str = "---"
+    mixing_head: MixingHead | None = MixingHead()  # None: the prediction after the thought is used as it is
+    base_loss_weight: float = Field(0.5, ge=0)
+    talk_loss_weight: float = Field(0.5, ge=0)
+    policy_weight: float = Field(ge=0)
+    policy_temperature: float = Field(3.0, gt=0)  # of the log-probabilities in the REINFORCE term
+    sample_temperature: float = Field(1.0, gt=0)
+    reward: Literal["mixed", "thought"] = "mixed"  # whose log-likelihood of the true tokens is the reward
+    baseline: Literal["mean", "loo", "base_loss"] = "mean"  # over the thoughts of a position, or the base prediction
+    positive_only: bool = True  # reinforce only thoughts better than the baseline
+
+    @model_validator(mode="after")
+    def _baseline_needs_thoughts(self) -> Self:
+        if self.num_sampled > 0 and self.num_thoughts == 1 and self.baseline != "base_loss":
+            raise ValueError(
+                f"baseline '{self.baseline}' compares the thoughts of a position, but num_thoughts is 1: "
+                "use baseline 'base_loss', or num_thoughts of 2 or more"
+            )
+        return self
+
+
+class ModelConfig(Frozen):
+    """The trunk: a decoder of transformers, trained here from scratch on the procedural corpus."""
+
+    architecture: Literal["llama", "mistral", "qwen2"]
+    hidden_size: int = Field(ge=8)
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+    intermediate_size: int = Field(ge=8)
+    tie_embeddings: bool  # one matrix for input embedding and output projection
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(f"hidden_size={self.hidden_size} does not give {self.num_heads} heads of even size")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}")
+        return self
+
+    def shape(self, vocab_size: int) -> DecoderShape:
+        """For counting FLOPs and bytes."""
+        return DecoderShape(
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            intermediate_size=self.intermediate_size,
+            vocab_size=vocab_size,
+        )
+
+
+class BaseConfig(Frozen):
+    """How the base model is trained. Its seed is the arm's unless set, so that paired arms share their base."""
+
+    seed: int = Field(ge=0)
+    num_windows: int = Field(ge=1)  # different training windows; they are repeated, in another order each time
+    optim: Optim
+
+
+class ContinuedConfig(Frozen):
+    """Continued training with thoughts (Section 4.6): one learning rate for each kind of parameter."""
+
+    num_windows: int = Field(ge=1)
+    optim: Optim  # its learning_rate is the trunk's
+    mixing_head_learning_rate: float = Field(gt=0)
+    meta_learning_rate: float = Field(gt=0)  # of the START and END embeddings
+
+
+class EvalConfig(Frozen):
+    """Zero-shot questions through lm-eval, and the gain by difficulty of a token (Section 5)."""
+
+    tasks: tuple[str, ...]  # names of configs/quietstar/tasks/*.yaml
+    num_questions: int = Field(ge=1)  # generated for each procedural task
+    limit: int | None = Field(None, ge=1)  # items of each task; null: all
+    num_windows: int = Field(ge=1)  # held-out text for the deciles of difficulty
+    batch_size: int = Field(ge=1)
+    thought_decoding: Literal["greedy", "sample"]
+
+
+class QuietStarConfig(Experiment):
+    """The composed experiment, configs/quietstar/main.yaml."""
+
+    corpus: CorpusConfig
+    model: ModelConfig
+    base: BaseConfig
+    thoughts: ThoughtConfig
+    train: ContinuedConfig
+    eval: EvalConfig
+
+    @model_validator(mode="after")
+    def _fits_the_window(self) -> Self:
+        if self.thoughts.num_true >= self.corpus.seq_len:
+            raise ValueError(
+                f"thoughts.num_true={self.thoughts.num_true} leaves no position to think at in windows of "
+                f"corpus.seq_len={self.corpus.seq_len}: choose fewer true tokens or longer windows"
+            )
+        return self
+
+
+class PretrainConfig(Frozen):
+    """Program `pretrain`: a base model on the corpus with worked asides."""
+
+    corpus: CorpusConfig
+    model: ModelConfig
+    num_windows: int
+    optim: Optim
+    seed: int
+
+
+class TrainConfig(Frozen):
+    """Program `train`: continued training of the base with thoughts, on the corpus without asides."""
+
+    corpus: CorpusConfig
+    model: ModelConfig
+    thoughts: ThoughtConfig
+    train: ContinuedConfig
+    seed: int
+
+
+class EvaluateConfig(Frozen):
+    """Program `evaluate`: what the trained model does with and without its thoughts."""
+
+    corpus: CorpusConfig
+    model: ModelConfig
+    thoughts: ThoughtConfig
+    eval: EvalConfig
+    seed: int
+
+
+def stages(config: QuietStarConfig) -> Stage:
+    """An experiment as a chain of runs: pretrain -> train -> evaluate, each shared wherever its own part is equal."""
+    c = config
+    base = Stage(
+        "pretrain",
+        PretrainConfig(
+            corpus=c.corpus, model=c.model, num_windows=c.base.num_windows, optim=c.base.optim, seed=c.base.seed
+        ),
+    )
+    trained = Stage(
+        "train",
+        TrainConfig(corpus=c.corpus, model=c.model, thoughts=c.thoughts, train=c.train, seed=c.seed),
+        {"base": base},
+    )
+    return Stage(
+        "evaluate",
+        EvaluateConfig(corpus=c.corpus, model=c.model, thoughts=c.thoughts, eval=c.eval, seed=c.seed),
+        {"model": trained, "base": base},
+    )
+
+
+def check(config: QuietStarConfig) -> None:
+    """Raise ValueError for tasks that can't be run here: unknown, or without their data."""
+    validate_tasks(
+        config.eval.tasks,
+        tasks_dir=CONFIGS / "quietstar" / "tasks",
+        data_dir=data_root(),
+        generated=GENERATED,
+        probe_hub=True,
+    )

@@ -1,0 +1,80 @@
+"""What each program costs, from its config: the counting of Section 6 of the specification, without torch.
+
+FLOPs are those that the method needs: base pass shared by the thoughts of a position, each thread token once forward
+and backward, sampling forward only, each logit that a loss needs once. Memory is parameters with gradients and moments,
+and the activations of one micro-batch, all in fp32.
+"""
+
+from __future__ import annotations
+
+from retrace.core.cost import Cost, DecoderShape
+from retrace.papers.quietstar.config import EvaluateConfig, ModelConfig, PretrainConfig, ThoughtConfig, TrainConfig
+from retrace.papers.quietstar.vocabulary import vocabulary
+
+TRAIN = 3.0  # a backward pass costs two forward passes
+FP32 = 4
+TYPICAL_ITEM_TOKENS = 64  # of a generated question; real ones are longer, and their number is not in the config
+ACTIVATIONS = 12  # hidden-sized tensors kept a token and layer, beside four of the MLP's size
+
+
+def shape(model: ModelConfig) -> DecoderShape:
+    return model.shape(len(vocabulary()))
+
+
+def pretrain(config: PretrainConfig) -> Cost:
+    """Plain next-token training."""
+    trunk, length = shape(config.model), config.corpus.seq_len
+    tokens = config.optim.steps * config.optim.batch_size * length
+    flops = TRAIN * trunk.forward_flops(tokens=tokens, keys=(length + 1) / 2, logits=tokens)
+    return Cost(tokens, flops, _memory(trunk, config.optim.micro_batch_size * length))
+
+
+def train(config: TrainConfig) -> Cost:
+    """Continued training with thoughts; with none it is plain training."""
+    trunk, length, optim = shape(config.model), config.corpus.seq_len, config.train.optim
+    tokens = optim.steps * optim.batch_size * length
+    flops = tokens * _step_flops(trunk, config.thoughts, length)
+    in_flight = optim.micro_batch_size * length * (1 + thread_tokens(config.thoughts))
+    return Cost(tokens, flops, _memory(trunk, in_flight))
+
+
+def evaluate(config: EvaluateConfig) -> Cost:
+    """Held-out text with thoughts everywhere, and the questions with thoughts at their answers."""
+    trunk, length, thoughts = shape(config.model), config.corpus.seq_len, config.thoughts
+    text = config.eval.num_windows * length
+    items = len(config.eval.tasks) * min(config.eval.num_questions, config.eval.limit or config.eval.num_questions)
+    asked = items * TYPICAL_ITEM_TOKENS
+    threads = text * thread_tokens(thoughts) / thoughts.num_thoughts if thoughts.num_sampled else 0
+    flops = trunk.forward_flops(tokens=text + threads + 2 * asked, keys=length / 2, logits=2 * text)
+    return Cost(text + asked, flops, _memory(trunk, config.eval.batch_size * length * (1 + thread_tokens(thoughts))))
+
+
+def thread_tokens(thoughts: ThoughtConfig) -> int:
+    """Tokens beside each text token in the differentiable pass: P x (START, sampled, END, S - 1 true ones)."""
+    if thoughts.num_sampled == 0:
+        return 0
+    return thoughts.num_thoughts * (
+        thoughts.use_start + thoughts.num_sampled + thoughts.use_end + thoughts.num_true - 1
+    )
+
+
+def _step_flops(trunk: DecoderShape, thoughts: ThoughtConfig, length: int) -> float:
+    """FLOPs of a training step for each of its text tokens."""
+    keys = (length + 1) / 2
+    base = trunk.forward_flops(tokens=1, keys=keys, logits=1)
+    if thoughts.num_sampled == 0:
+        return TRAIN * base
+    threads = thread_tokens(thoughts)
+    slots = threads / thoughts.num_thoughts
+    scored = thoughts.num_thoughts * (thoughts.num_sampled + thoughts.num_true)
+    differentiable = base + trunk.forward_flops(tokens=threads, keys=keys + slots / 2, logits=scored)
+    drawn = thoughts.num_thoughts * thoughts.num_sampled
+    sampling = base + trunk.forward_flops(tokens=drawn, keys=keys + slots / 2, logits=drawn)
+    return TRAIN * differentiable + sampling
+
+
+def _memory(trunk: DecoderShape, tokens: float) -> float:
+    """Bytes: weights, gradients and two moments, and the activations of the tokens in flight."""
+    weights = 4 * FP32 * trunk.parameters
+    layer = ACTIVATIONS * trunk.hidden_size + 4 * trunk.intermediate_size
+    return weights + FP32 * tokens * (trunk.num_layers * layer + trunk.vocab_size)
