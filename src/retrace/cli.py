@@ -96,9 +96,9 @@ def sweep(specs: list[RunSpec]) -> int:
     counts += f", {len(summary.stopped)} stopped (the same command goes on)" if summary.stopped else ""
     counts += f", {len(summary.failed)} failed" if summary.failed else ""
     counts += f", {len(summary.skipped)} not tried because they build on those" if summary.skipped else ""
-    console.print(f"{counts}; {duration(progress.seconds)} here", highlight=False)
+    console.print(f"{counts}; {duration(progress.seconds)} here", highlight=False, soft_wrap=True)
     for run_id, reason in summary.failed.items():
-        console.print(f"  {run_id}: {reason}", highlight=False, markup=False)
+        console.print(f"  {run_id}: {reason}", highlight=False, markup=False, soft_wrap=True)
     return 1 if summary.failed or summary.stopped else 0
 
 

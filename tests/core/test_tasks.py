@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 
-from retrace.core.evaluate import evaluate_task
+from retrace.core.evaluate import _load, evaluate_task
 from retrace.core.tasks import list_tasks, read_rows, read_task, validate_tasks
 
 HUB = {"dataset_path": "someone/sums", "test_split": "test", "metadata": {"local": {"test": "sums/test.jsonl"}}}
@@ -42,6 +42,12 @@ def test_the_files_are_the_list(tmp_path):
         ({"include": "/etc/passwd.yaml"}, "no such file; expected lm_eval/... of the installed lm-eval"),
         ({"dataset_path": "a/b", "metadata": {"allowed": [0, 1]}}, "expected a list of quoted answers"),
         ({"dataset_path": "a/b", "metadata": {"allowed": []}}, "expected a list of quoted answers"),
+        ({"dataset_path": "a/b", "metadata": {"allowed": ["0"]}}, "output_type=None: expected loglikelihood"),
+        (
+            {"dataset_path": "a/b", "output_type": "loglikelihood", "metadata": {"allowed": ["0"]}},
+            "doc_to_text and doc_to_target are expected",
+        ),
+        ({"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "a.jsonl"}}}, "use metadata.local"),
         ({}, "test_split is missing"),
         ({"test_split": "test"}, "its rows are not generated; those that are: made"),
     ],
@@ -86,6 +92,16 @@ def test_a_hub_out_of_reach_fails_within_seconds(tmp_path, monkeypatch, endpoint
     with pytest.raises(ValueError, match="can't be reached"):
         evaluate_task("sums", scorers={"": None}, tasks_dir=tmp_path, data_dir=None, generated={})
     assert time.monotonic() - start < 14  # twice HUB_SECONDS, and an import
+
+
+def test_a_cached_dataset_is_read_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    source = {"dataset_path": str(tmp_path / "mirror"), "dataset_kwargs": {"cache_dir": str(tmp_path / "cache")}}
+    write(tmp_path, "sums", **source, test_split="test", doc_to_text="{{question}}", doc_to_target="{{answer}}")
+    task = _load(read_task("sums", tasks_dir=tmp_path), rows=None)
+    assert [task.doc_to_text(doc) for doc in task.eval_docs] == ["1 + 1?"]
 
 
 def test_offline_without_a_cached_dataset_names_the_way_out(tmp_path):

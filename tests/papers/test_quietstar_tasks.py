@@ -99,7 +99,7 @@ def test_questions_are_asked_as_the_corpus_asks_them():
     for index in range(60):
         document = corpus.document(config, split="heldout", seed=0, index=index)
         if document.family in names and len(document.compositions) == 1:
-            question = corpus.ask(config, document.compositions[0], random.Random(0))
+            question = corpus.ask(document.compositions[0], random.Random(0))
             task = load(names[document.family], generated={names[document.family]: [question.document]})
             (doc,) = task.eval_docs
             assert (task.doc_to_text(doc), task.doc_to_target(doc)) == (question.prompt, f" {question.answer}\n")

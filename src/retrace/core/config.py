@@ -127,14 +127,14 @@ def expand_sweep(overrides: Sequence[str]) -> list[tuple[str, ...]]:
     Raises ValueError where an override does not parse.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     parser = OverridesParser.create()
     choices: list[list[str]] = []
     for text in overrides:
         try:
             override = parser.parse_override(text)
-        except OverrideParseException as error:
+        except HydraException as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{text!r} is not an override: {reason}; write key=value, as in seed=0,1,2") from None
         if override.is_sweep_override():

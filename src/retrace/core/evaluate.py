@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -77,14 +77,12 @@ def evaluate_task(
     A scorer's key ends the names of its metrics: {"": a, "base": b} gives "<task>/prob" and "<task>/prob_base".
     Raises ValueError for whatever `validate_tasks` does, and where the answers do not fit a tokenizer.
     """
-    assert scorers
     file = read_task(name, tasks_dir=tasks_dir)
     metrics: dict[str, float] = {}
     items: dict[int, dict[str, Any]] = {}
     num_shortened = 0
     with _quiet():
-        # Not simple_evaluate: it reseeds every global generator and inspects the machine, which takes a second.
-        from lm_eval import evaluate
+        from lm_eval import evaluate  # simple_evaluate also reseeds all global generators and inspects the machine
         from lm_eval.utils import hash_string
 
         task = _load(file, rows=read_rows(file, data_dir=data_dir, generated=generated))
@@ -92,7 +90,8 @@ def evaluate_task(
             model = _language_model(scorer, file.allowed)
             found = evaluate(lm=model, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
             metrics |= {f"{name}/{metric}": value for metric, value in _means(found["results"][name], key)}
-            for sample in found["samples"][name]:
+            samples = found["samples"][name]
+            for sample in samples:
                 item = items.setdefault(sample["doc_id"], {"doc_id": sample["doc_id"]})
                 item |= {_metric_name(m, sample["filter"], key): _number(sample[m]) for m in sample["metrics"]}
             num_shortened += model.num_shortened
@@ -102,9 +101,7 @@ def evaluate_task(
         num_shortened=num_shortened,
         version=str(task.VERSION),
         lm_eval=importlib.metadata.version("lm-eval"),
-        task_hash=hash_string(
-            "".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in found["samples"][name])
-        ),
+        task_hash=hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in samples)),
     )
 
 
@@ -132,7 +129,8 @@ def _load(file: TaskFile, *, rows: Mapping[str, Rows] | None) -> Any:
 
     manager = TaskManager(include_path=str(file.folder), include_defaults=False)  # the defaults take 7 to 24 s to list
     stock = manager.task_index[file.name].cfg or {}
-    settings = {**file.settings, "metadata": {**stock.get("metadata", {}), **file.settings.get("metadata", {})}}
+    metadata = (config.get("metadata") or {} for config in (stock, file.settings))
+    settings = {**file.settings, "metadata": {key: value for part in metadata for key, value in part.items()}}
     if rows is None:
         require_hub(file)
     else:
@@ -142,6 +140,7 @@ def _load(file: TaskFile, *, rows: Mapping[str, Rows] | None) -> Any:
         mean = {"aggregation": "mean", "higher_is_better": True}
         settings["metric_list"] = [{"metric": "prob", **mean}, {"metric": "acc", **mean}]
         settings["process_results"] = _answer_metrics
+        settings |= {key: _compiled(settings[key]) for key in ("doc_to_text", "doc_to_target")}
     try:
         # Only within a group are settings merged into those of the task's file; given alone they replace them.
         task = manager.load([{"group": "one", "task": [settings]}])["tasks"][file.name]
@@ -151,6 +150,14 @@ def _load(file: TaskFile, *, rows: Mapping[str, Rows] | None) -> Any:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return task
+
+
+def _compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
+    """A template as a function: lm-eval compiles a text anew for every item, most of a small task's time."""
+    from lm_eval.utils import env
+
+    compiled = env.from_string(template)
+    return lambda doc: compiled.render(**doc)
 
 
 def _answer_metrics(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:  # noqa: ARG001
@@ -180,7 +187,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> li
     def find(answer: str) -> int:
         for before in ("A:", ""):
             head, whole = _encode(tokenizer, before), _encode(tokenizer, before + answer)
-            if whole[:-1] == head and whole[-1] != tokenizer.unk_token_id:
+            if len(whole) == len(head) + 1 and whole[:-1] == head and whole[-1] != tokenizer.unk_token_id:
                 return whole[-1]
         tokens = tokenizer.convert_ids_to_tokens(_encode(tokenizer, answer))
         raise ValueError(

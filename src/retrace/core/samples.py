@@ -1,14 +1,15 @@
 """Records as samples: which value each arm and seed has, at one scale, and why a value is not there.
 
-A label "<ablation>/<arm>/s<seed>" stands on every record of a chain (base model, training, evaluation). The records of a
-chain are read as one: a metric comes from the last run of the chain that has it. Only DONE runs have metrics. A run that
+A label "<ablation>/<arm>/s<seed>" stands on every record of a chain (base model, training, evaluation). The records of
+a chain are read as one: a metric belongs to the last program that has it anywhere in the ablation, so the loss of a
+base model never stands in for that of a training that is still missing. Only DONE runs have metrics. A run that
 diverged is a result and not a gap: every chain has the metric `diverged`, 1.0 as soon as one of its runs diverged, 0.0
 once all of them are done, and missing before that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +20,7 @@ DIVERGED = "diverged"  # the metric that every finished chain has
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that the ablation files ask for, and how far it is; the records of a label are those of its planned runs."""
+    """A run that the ablation files ask for, and how far it is."""
 
     id: str
     program: str
@@ -38,16 +39,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class Chain:
-    """The records of one label, parents before children. `complete`: every run of the chain is among them."""
+    """The records of one label, parents before children.
+
+    `complete`: every run of the chain is among them. `owners`: the program that each metric and curve is taken from.
+    """
 
     records: tuple[Record, ...]
     complete: bool
+    owners: Mapping[str, str]
 
     @cached_property
     def metrics(self) -> dict[str, Sample]:
-        """Every metric of the chain; of two runs with a metric of one name, the later counts."""
+        """Every metric of the chain."""
         done = [record for record in self.records if record.status == "DONE"]
-        found = {name: Sample(value, record) for record in done for name, value in record.metrics.items()}
+        owned = ((name, record) for record in done for name in record.metrics if self.owners[name] == record.program)
+        found = {name: Sample(record.metrics[name], record) for name, record in owned}
         diverged = [record for record in self.records if record.status == "DIVERGED"]
         if diverged:
             found[DIVERGED] = Sample(1.0, diverged[0])
@@ -58,7 +64,8 @@ class Chain:
     @cached_property
     def series(self) -> dict[str, tuple[tuple[int, float], ...]]:
         """Every training curve of the chain, also of a run that diverged."""
-        return {name: curve for record in self.records for name, curve in record.series.items()}
+        owned = ((r, name) for r in self.records for name in r.series if self.owners[name] == r.program)
+        return {name: record.series[name] for record, name in owned}
 
     @property
     def trouble(self) -> str:
@@ -129,17 +136,28 @@ class Samples:
         for run in self.planned:
             for label in run.labels:
                 programs.setdefault(label, set()).add(run.program)
-        seen: dict[str, set[str]] = {}
+        seen: dict[str, list[Record]] = {}
         for label, group in groups.items():
-            seen.setdefault(label.partition("/")[0], set()).update(group)
+            seen.setdefault(label.partition("/")[0], []).extend(group.values())
+        owners = {ablation: self._owners(records) for ablation, records in seen.items()}
+        everything = {ablation: {record.program for record in records} for ablation, records in seen.items()}
         for label, group in sorted(groups.items()):
             ablation, _, rest = label.partition("/")
             arm, _, seed = rest.rpartition("/s")
             if not arm or not seed.isdigit():
-                raise ValueError(f"label {label!r} of {next(iter(group.values())).id}: expected <ablation>/<arm>/s<seed>")
-            complete = programs.get(label, seen[ablation]) <= group.keys()
-            chain = Chain(tuple(sorted(group.values(), key=lambda r: (self._depth(r), r.id))), complete)
+                raise ValueError(f"label {label!r} on a record: expected <ablation>/<arm>/s<seed>; delete it and rerun")
+            chain = Chain(
+                records=tuple(sorted(group.values(), key=lambda r: (self._depth(r), r.id))),
+                complete=programs.get(label, everything[ablation]) <= group.keys(),
+                owners=owners[ablation],
+            )
             self.chains.setdefault(ablation, {}).setdefault(arm, {})[int(seed)] = chain
+
+    def _owners(self, records: Iterable[Record]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for record in sorted(records, key=lambda r: (self._depth(r), r.program)):
+            found.update(dict.fromkeys((*record.metrics, *record.series), record.program))
+        return found
 
     def _depth(self, record: Record) -> int:
         parents = [self._by_id[parent] for parent in record.parents.values() if parent in self._by_id]

@@ -34,6 +34,17 @@ class Estimate:
         """Whether there is variance from which an interval could be estimated."""
         return self.sd is not None and self.sd > 0
 
+    @property
+    def side(self) -> int:
+        """+1 or -1 where the whole interval lies above or below zero, else 0."""
+        if self.low is None or self.high is None:
+            return 0
+        return int(self.low > 0) - int(self.high < 0)
+
+    def contains(self, value: float) -> bool:
+        """Whether the interval holds `value`; False without an interval."""
+        return self.low is not None and self.high is not None and self.low <= value <= self.high
+
 
 def estimate(values: Iterable[float]) -> Estimate | None:
     """Mean with Student's t interval; None without values. Raises ValueError for a value that is not finite."""
@@ -68,7 +79,8 @@ def paired_differences(a: Mapping[int, float], b: Mapping[int, float]) -> dict[i
 def trend_slopes(arms: Sequence[Mapping[int, float]]) -> dict[int, float]:
     """Least-squares slope over the rank of the arm (0, 1, 2, ...), for every seed that all arms have.
 
-    The linear-trend contrast: the mean change from one arm to the next, all arms counted. Raises ValueError for one arm.
+    The linear-trend contrast: the mean change from one arm to the next, all arms counted. Raises ValueError for fewer
+    than two arms.
     """
     if len(arms) < 2:
         raise ValueError(f"trend over {len(arms)} arm(s): a slope needs two or more")
@@ -81,8 +93,8 @@ def trend_slopes(arms: Sequence[Mapping[int, float]]) -> dict[int, float]:
 def detectable_effect(*, sd: float, n: int) -> float | None:
     """Smallest true mean difference that `n` pairs with standard deviation `sd` would have called in its direction.
 
-    With probability `POWER`, by the two-sided t test at `CONFIDENCE` (noncentral t). None where it can't be known: fewer
-    than two pairs, or no spread.
+    With probability `POWER`, by the two-sided t test at `CONFIDENCE` (noncentral t). None where it can't be known, with
+    fewer than two pairs or without spread.
     """
     if n < 2 or sd <= 0:
         return None

@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +65,32 @@ def read_task(name: str, *, tasks_dir: Path) -> TaskFile:
     stock = _installed(include) if include else None
     if stock is not None and not stock.is_file():
         raise ValueError(f"{path}: include={include!r}: no such file; expected lm_eval/... of the installed lm-eval")
-    metadata = settings.get("metadata") or {}
-    allowed = metadata.get("allowed")
-    if allowed is not None and not (isinstance(allowed, list) and allowed and all(isinstance(a, str) for a in allowed)):
-        raise ValueError(f'{path}: metadata.allowed={allowed!r}: expected a list of quoted answers, as in ["0", "1"]')
     is_generated = stock is None and "dataset_path" not in settings
-    if is_generated and "test_split" not in settings:
-        raise ValueError(f"{path}: test_split is missing: name the split that the generated rows are, as in test")
+    _check(path, settings, is_generated=is_generated)
+    metadata = settings.get("metadata") or {}
     return TaskFile(
         name=name,
         folder=stock.parent if stock else tasks_dir,
         settings=settings,
         is_generated=is_generated,
         local=metadata.get("local") or {},
-        allowed=allowed,
+        allowed=metadata.get("allowed"),
     )
+
+
+def _check(path: Path, settings: Mapping[str, Any], *, is_generated: bool) -> None:
+    allowed = (settings.get("metadata") or {}).get("allowed")
+    if allowed is not None and not (isinstance(allowed, list) and allowed and all(isinstance(a, str) for a in allowed)):
+        raise ValueError(f'{path}: metadata.allowed={allowed!r}: expected a list of quoted answers, as in ["0", "1"]')
+    if allowed is not None and settings.get("output_type") != "loglikelihood":
+        found = settings.get("output_type")
+        raise ValueError(f"{path}: output_type={found!r}: expected loglikelihood, as there is metadata.allowed")
+    if allowed is not None and not {"doc_to_text", "doc_to_target"} <= settings.keys():
+        raise ValueError(f"{path}: doc_to_text and doc_to_target are expected, as there is metadata.allowed")
+    if "data_files" in (settings.get("dataset_kwargs") or {}):
+        raise ValueError(f"{path}: dataset_kwargs.data_files depends on the current folder: use metadata.local")
+    if is_generated and "test_split" not in settings:
+        raise ValueError(f"{path}: test_split is missing: name the split that the generated rows are, as in test")
 
 
 def _installed(path: str) -> Path:
@@ -151,6 +163,14 @@ def require_hub(task: TaskFile) -> None:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return  # whoever sets it relies on the hub's cache on this machine, which answers at once
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        _reach(endpoint)
+    except ConnectionError:
+        raise ValueError(f"{task.name}: the hub at {endpoint} can't be reached; {task.hint}") from None
+
+
+@lru_cache  # of answers, for a plan of many runs; a failure is an exception, and not kept
+def _reach(endpoint: str) -> None:
     answered = threading.Event()
 
     def ask() -> None:
@@ -166,4 +186,4 @@ def require_hub(task: TaskFile) -> None:
     thread.start()
     thread.join(HUB_SECONDS)
     if not answered.is_set():
-        raise ValueError(f"{task.name}: the hub at {endpoint} can't be reached; {task.hint}")
+        raise ConnectionError(endpoint)

@@ -1,4 +1,4 @@
-"""The words that the tokenizer knows, in the order of their ids. Apart from the tokenizer, since planning needs only this."""
+"""The words that the tokenizer knows, in the order of their ids; planning a run needs only this of the tokenizer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 SPECIAL = (PAD, BOS, EOS, UNKNOWN, START, END)
 CONTINUED = "##"  # a character inside of a word that is not in the vocabulary
 
-# A word, the 's of a possessive, or any one other character; what lies between, spaces, is dropped.
-PIECE = r"'s(?![A-Za-z])|[A-Za-z]+|[^A-Za-z \t\r\f\v]"
+# The label of an option, the 's of a possessive, a word, or any one other character; the spaces between are dropped.
+PIECE = r"\([A-E]\)|'s(?![A-Za-z])|[A-Za-z]+|[^A-Za-z \t\r\f\v]"
 
 
 @lru_cache(maxsize=1)
@@ -27,9 +27,9 @@ def vocabulary() -> dict[str, int]:
 
 def _corpus_words() -> list[str]:
     texts = (
-        *words.ENTITIES, *words.RELATIONS, *words.NUMBERS, *words.PERSONS, *words.THINGS, *words.NOUNS, *words.PLACES,
-        *words.VERBS, *words.ADJECTIVES, *words.TIMES, *words.PROSE, *words.OPERATIONS,
-        "Q A Who is has How many now Now it 's",
+        *words.ENTITIES, *words.RELATIONS, *words.COLORS, *words.NUMBERS, *words.PERSONS, *words.THINGS, *words.NOUNS,
+        *words.PLACES, *words.VERBS, *words.ADJECTIVES, *words.TIMES, *words.PROSE, *words.OPERATIONS, *words.ORDER,
+        "From the What is it color has How many now Now 's (A) (B) (C) (D) (E)",
     )  # fmt: skip
     pieces = re.findall(PIECE, " ".join(re.sub(r"\{\w+\}", " ", text) for text in texts))
     return sorted({piece for piece in pieces if len(piece) > 1})

@@ -12,8 +12,11 @@ ENTITIES: tuple[str, ...] = (
 )  # fmt: skip
 
 RELATIONS: tuple[str, ...] = (
-    "friend", "boss", "neighbor", "teacher", "doctor", "cousin", "rival", "lawyer", "partner", "coach", "tailor", "guide",
+    "friend", "boss", "neighbor", "teacher", "doctor", "cousin", "rival", "lawyer", "partner", "coach",
+    "tailor", "guide",
 )  # fmt: skip
+
+COLORS: tuple[str, ...] = ("red", "blue", "white", "black", "yellow")
 
 NUMBERS: tuple[str, ...] = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -73,6 +76,6 @@ OPERATIONS: dict[str, Callable[[int], int | None]] = {
     "loses half": _halve,
 } | {
     f"{verb} {amount}": change(amount)
-    for amount in range(1, 6)
+    for amount in range(1, 4)
     for verb, change in (("gets", _plus), ("gives", _minus))
 }

@@ -1,0 +1,216 @@
+"""The report's figures: every sample of an ablation, curves over training, and the verdicts at a glance.
+
+Drawn by hand as SVG, so that they follow light and dark, weigh a few kB and never differ from one build to the next.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from retrace.core.claims import VALUE_SCALES, Verdict
+from retrace.core.stats import estimate
+from retrace.core.svg import (
+    NUM_COLOURS,
+    Figure,
+    decimals,
+    dot,
+    figure,
+    line,
+    num,
+    number,
+    polyline,
+    shorten,
+    text,
+    tick_places,
+    ticks,
+)
+
+Curve = Sequence[tuple[int, float]]
+WIDTH, HEIGHT = 350.0, 236.0
+LEFT, RIGHT, TOP, BOTTOM = 50.0, 12.0, 34.0, 40.0
+_SPREAD = 5.0  # between the dots of two seeds
+
+
+@dataclass(frozen=True)
+class ArmValues:
+    """One column of a sample figure: values by seed, and the seeds that diverged."""
+
+    arm: str
+    values: Mapping[int, float]
+    diverged: tuple[int, ...] = ()
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    """The map from `low`..`high` onto `start`..`end`."""
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _range(values: Iterable[float]) -> tuple[float, float]:
+    """A range with some air; a single value gets a range around it."""
+    found = list(values) or [0.0, 1.0]
+    low, high = min(found), max(found)
+    air = (high - low) * 0.07 or abs(low) * 0.1 or 1.0
+    return low - air, high + air
+
+
+def _frame(title: str, low: float, high: float) -> Iterator[str]:
+    """Title, horizontal grid and its numbers."""
+    y = _scale(low, high, HEIGHT - BOTTOM, TOP)
+    marks = ticks(low, high)
+    places = tick_places(marks)
+    yield text(2, 15, shorten(title, 48), "title")
+    for mark in marks:
+        yield line(LEFT, y(mark), WIDTH - RIGHT, y(mark), "grid")
+        yield text(LEFT - 7, y(mark) + 3.8, number(mark, places), "tick", anchor="end")
+
+
+def sample_figure(name: str, metric: str, arms: Sequence[ArmValues], *, baseline: str) -> Figure:
+    """A dot for every seed, thin lines between equal seeds, mean with 95 % interval; the baseline's mean dashed."""
+    found = {arm.arm: estimate(arm.values.values()) for arm in arms}
+    ends = [v for e in found.values() if e is not None for v in (e.low, e.high) if v is not None]
+    low, high = _range([*ends, *(value for arm in arms for value in arm.values.values())])
+    y = _scale(low, high, HEIGHT - BOTTOM, TOP)
+    column = (WIDTH - LEFT - RIGHT) / max(1, len(arms))
+    centre = {arm.arm: LEFT + column * (index + 0.5) for index, arm in enumerate(arms)}
+    seeds = sorted({seed for arm in arms for seed in (*arm.values, *arm.diverged)})
+    shift = {seed: (index - (len(seeds) - 1) / 2) * min(_SPREAD, column / (2 * len(seeds))) - column / 12
+             for index, seed in enumerate(seeds)}  # fmt: skip
+
+    def draw() -> Iterator[str]:
+        yield from _frame(metric, low, high)
+        base = found.get(baseline)
+        if base is not None:
+            yield line(LEFT, y(base.mean), WIDTH - RIGHT, y(base.mean), "base")
+        for seed in seeds:
+            for one, two in pairwise(arm for arm in arms if seed in arm.values):
+                ends = [(centre[arm.arm] + shift[seed], y(arm.values[seed])) for arm in (one, two)]
+                yield polyline(ends, "pair")
+        for arm in arms:
+            yield from _column(arm, centre[arm.arm], column, y, shift, hollow=arm.arm == baseline)
+        for arm in arms:
+            label = shorten(arm.arm, max(4, int(column / 6)))
+            yield text(centre[arm.arm], HEIGHT - 22, label, "strong", anchor="middle")
+            if arm.arm == baseline:
+                yield text(centre[arm.arm], HEIGHT - 8, "baseline", "tick", anchor="middle")
+
+    alt = "; ".join(f"{arm.arm}: {_spoken(arm, metric)}" for arm in arms)
+    return figure(name, f"{metric} by arm, a dot for every seed. {alt}.", width=WIDTH, height=HEIGHT, parts=draw())
+
+
+def _spoken(arm: ArmValues, metric: str) -> str:
+    found = estimate(arm.values.values())
+    lost = f", {len(arm.diverged)} diverged" if arm.diverged else ""
+    if found is None:
+        return f"no {metric}{lost}"
+    places = decimals(arm.values.values())
+    return f"mean {number(found.mean, places)} of {found.n} seed{'s' * (found.n != 1)}{lost}"
+
+
+def _column(
+    arm: ArmValues, x: float, width: float, y: Callable[[float], float], shift: Mapping[int, float], *, hollow: bool
+) -> Iterator[str]:
+    kind = "sample hollow" if hollow else "sample"
+    for seed, value in arm.values.items():
+        yield dot(x + shift[seed], y(value), kind, title=f"{arm.arm}, seed {seed}: {value:.4g}")
+    found = estimate(arm.values.values())
+    if found is not None:
+        at = x + width / 5
+        yield line(at - 6, y(found.mean), at + 6, y(found.mean), "mean")
+        if found.low is not None and found.high is not None:
+            yield line(at, y(found.low), at, y(found.high), "range")
+    for seed in arm.diverged:
+        left, top = x + shift[seed], TOP - 4
+        yield line(left - 3.5, top - 3.5, left + 3.5, top + 3.5, "cross")
+        yield line(left - 3.5, top + 3.5, left + 3.5, top - 3.5, "cross")
+    if arm.diverged:
+        yield text(x + max(shift.values()) + 8, TOP - 1, "diverged", "tick")
+
+
+def curve_figure(name: str, metric: str, arms: Mapping[str, Sequence[Curve]]) -> Figure:
+    """A line for every seed, coloured and dashed by arm, over optimizer steps."""
+    points = [point for curves in arms.values() for curve in curves for point in curve]
+    low, high = _range(value for _, value in points)
+    first, last = min((step for step, _ in points), default=0), max((step for step, _ in points), default=1)
+    x = _scale(first, max(last, first + 1), LEFT, WIDTH - RIGHT)
+    y = _scale(low, high, HEIGHT - BOTTOM, TOP)
+
+    def draw() -> Iterator[str]:
+        yield from _frame(metric, low, high)
+        for mark in ticks(first, last):
+            yield text(x(mark), HEIGHT - BOTTOM + 14, number(mark, 0), "tick", anchor="middle")
+        left = LEFT
+        for index, (arm, curves) in enumerate(arms.items()):
+            kind = f"curve c{index % NUM_COLOURS}"
+            for curve in curves:
+                yield polyline(((x(step), y(value)) for step, value in curve), kind)
+            yield line(left, HEIGHT - 10, left + 18, HEIGHT - 10, kind)
+            yield text(left + 22, HEIGHT - 6, shorten(arm, 14), "strong")
+            left += 36 + 6.4 * min(14, len(arm))
+
+    alt = f"{metric} over {last} training steps for {', '.join(arms)}, a line for every seed."
+    return figure(name, alt, width=WIDTH, height=HEIGHT, parts=draw())
+
+
+def verdict_bar(verdict: Verdict, *, width: float = 230.0) -> Figure:
+    """The differences of one claim from zero on a scale of its own; right is always the side that is claimed."""
+    alt = f"{verdict.outcome}: {verdict.reason}"
+    parts = _bar(verdict, 0, 17, width)
+    return figure(f"verdict--{verdict.claim.id}", alt, width=width, height=34, parts=parts)
+
+
+def _bar(verdict: Verdict, left: float, middle: float, width: float) -> Iterator[str]:
+    centre, found = left + width / 2, verdict.estimate
+    yield f'<rect x="{num(centre)}" y="{num(middle - 15)}" width="{num(width / 2)}" height="30" class="wash"/>'
+    yield line(centre, middle - 15, centre, middle + 15, "zero")
+    if found is None:
+        return
+    printed = verdict.claim.value if verdict.scale in VALUE_SCALES else None
+    shown = [*verdict.differences.values(), *(v for v in (found.low, found.high, printed) if v is not None)]
+    reach = max(map(abs, shown)) or 1.0
+    half = verdict.claim.sign * (width / 2 - 7)
+    x = _scale(-reach, reach, centre - half, centre + half)
+    for seed, value in verdict.differences.items():
+        yield dot(x(value), middle + 8, "sample", radius=2.6, title=f"seed {seed}: {value:+.4g}")
+    if found.low is not None and found.high is not None:
+        yield line(x(found.low), middle - 3, x(found.high), middle - 3, "range")
+        for end in (found.low, found.high):
+            yield line(x(end), middle - 7, x(end), middle + 1, "range")
+    at = x(found.mean)
+    yield f'<path d="M{num(at)} {num(middle - 8)}l5 5l-5 5l-5 -5z" class="diamond"/>'
+    if printed is not None:
+        yield dot(x(printed), middle - 3, "printed", radius=5, title=f"the paper: {printed:+.4g}")
+
+
+def forest_figure(verdicts: Sequence[Verdict]) -> Figure:
+    """All verdicts in one picture, for pages that can't hold drawings in a table."""
+    row, width = 52.0, 860.0
+
+    def draw() -> Iterator[str]:
+        yield text(438, 14, "against the claim", "tick", anchor="end")
+        yield text(462, 14, "as claimed", "tick")
+        for index, verdict in enumerate(verdicts):
+            top = 24 + index * row
+            yield line(0, top, width, top, "grid")
+            for number_, words in enumerate(textwrap.wrap(verdict.claim.says, 44)[:2]):
+                yield text(2, top + 22 + 16 * number_, words, "title")
+            yield from _bar(verdict, 310, top + row / 2, 280)
+            yield text(612, top + 23, verdict.outcome, "title")
+            yield text(612, top + 40, shorten(_numbers(verdict), 44), "tick")
+
+    spoken = "; ".join(f"{verdict.claim.says}: {verdict.outcome}" for verdict in verdicts)
+    height = 26 + row * len(verdicts)
+    return figure("verdicts", f"Verdicts. {spoken}.", width=width, height=height, parts=draw())
+
+
+def _numbers(verdict: Verdict) -> str:
+    found = verdict.estimate
+    if found is None:
+        return "no difference on record"
+    places = decimals([found.mean, found.low or 0.0, found.high or 0.0])
+    mean = number(found.mean, places, sign=True)
+    if found.low is None or found.high is None:
+        return f"{mean}, n = {found.n}"
+    return f"{mean} [{number(found.low, places, sign=True)}, {number(found.high, places, sign=True)}], n = {found.n}"

@@ -1,0 +1,215 @@
+"""What a report shows, computed from samples and verdicts: tables, figures, gaps and costs, ready to be laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from retrace.core.claims import OUTCOMES, Verdict
+from retrace.core.figures import ArmValues, curve_figure, forest_figure, sample_figure, verdict_bar
+from retrace.core.plan import Ablation
+from retrace.core.record import Record
+from retrace.core.samples import DIVERGED, Sample, Samples
+from retrace.core.stats import Estimate, estimate, paired_differences
+from retrace.core.svg import Figure, decimals, number
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A mean and its interval as text; `interval` is a phrase where there is none."""
+
+    mean: str
+    interval: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm in a table of one metric. `cells`: (text, record or None) for every seed."""
+
+    arm: str
+    is_baseline: bool
+    shown: Shown
+    gap: Shown  # difference from the baseline, paired by seed
+    cells: tuple[tuple[str, Record | None], ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    metric: str
+    seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class AblationView:
+    """One ablation. `key` tables and figures show the metrics of its claims, `other` all further metrics."""
+
+    ablation: Ablation
+    arms: tuple[str, ...]
+    key: tuple[Table, ...]
+    figures: tuple[Figure, ...]
+    other: tuple[Table, ...]
+    curves: tuple[Figure, ...]
+    records: tuple[tuple[str, int, Record], ...]  # (arm, seed, record), chains in order
+
+
+@dataclass(frozen=True)
+class VerdictView:
+    """A verdict with its texts. `seeds`: per paired seed the cells of every arm and the difference."""
+
+    verdict: Verdict
+    shown: Shown
+    detectable: str
+    bar: Figure
+    arms: tuple[tuple[str, str, Shown], ...]
+    seeds: tuple[tuple[int, tuple[tuple[str, Record], ...], str], ...]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Seeds of one arm without a full result, and why."""
+
+    ablation: str
+    arm: str
+    seeds: tuple[int, ...]
+    why: str
+
+
+def show(found: Estimate | None, *, places: int | None = None, sign: bool = False) -> Shown:
+    """Texts of an estimate; a missing one stays missing."""
+    if found is None:
+        return Shown("\u2013", "no value")
+    if places is None:
+        places = decimals([found.mean, found.low or 0.0, found.high or 0.0])
+    mean = number(found.mean, places, sign=sign)
+    if found.low is None or found.high is None:
+        return Shown(mean, "one seed, no interval")
+    if not found.has_spread:
+        return Shown(mean, "the same in every seed")
+    return Shown(mean, f"[{number(found.low, places, sign=sign)}, {number(found.high, places, sign=sign)}]")
+
+
+def view_verdict(verdict: Verdict) -> VerdictView:
+    """A verdict's numbers with as many places as its difference needs."""
+    places = decimals([*verdict.differences.values(), verdict.estimate.mean if verdict.estimate else 0.0])
+    arms = tuple((arm.arm, arm.metric, show(arm.estimate, places=places)) for arm in verdict.arms)
+    seeds = tuple(
+        (seed, tuple(_cell(arm.samples[seed], places) for arm in verdict.arms), number(value, places, sign=True))
+        for seed, value in verdict.differences.items()
+    )
+    detectable = "" if verdict.detectable is None else number(verdict.detectable, places)
+    return VerdictView(
+        verdict, show(verdict.estimate, places=places, sign=True), detectable, verdict_bar(verdict), arms, seeds
+    )
+
+
+def _cell(sample: Sample, places: int) -> tuple[str, Record]:
+    return number(sample.value, places), sample.record
+
+
+def view_ablation(ablation: Ablation, samples: Samples, *, metrics: Sequence[str]) -> AblationView:
+    """Everything that the records say of an ablation. `metrics`: those of its claims, shown first."""
+    chains = samples.chains.get(ablation.name, {})
+    arms = (*ablation.arms, *sorted(chains.keys() - ablation.arms.keys()))
+    present = samples.metrics(ablation.name)
+    key = [metric for metric in metrics if metric in present] or [m for m in present if m != DIVERGED][:2]
+    tables = {metric: _table(ablation, arms, samples, metric) for metric in present}
+    lost = {
+        arm: tuple(seed for seed, why in samples.trouble(ablation.name, arm).items() if why == DIVERGED) for arm in arms
+    }
+    figures = []
+    for metric in key:
+        columns = [ArmValues(arm, _values(samples, ablation.name, arm, metric), lost[arm]) for arm in arms]
+        figures.append(sample_figure(_file(ablation.name, metric), metric, columns, baseline=ablation.baseline))
+    curves = []
+    for name in samples.series(ablation.name):
+        by_arm = {
+            arm: [c.series[name] for c in seeds.values() if name in c.series] for arm, seeds in _in_order(arms, chains)
+        }
+        curves.append(curve_figure(_file(ablation.name, "curve", name), name, by_arm))
+    rows = tuple(
+        (arm, seed, r) for arm, seeds in _in_order(arms, chains) for seed, c in sorted(seeds.items()) for r in c.records
+    )
+    other = tuple(table for metric, table in tables.items() if metric not in key)
+    return AblationView(ablation, arms, tuple(tables[m] for m in key), tuple(figures), other, tuple(curves), rows)
+
+
+def _in_order(arms: Sequence[str], chains: Mapping[str, Mapping]) -> Iterator[tuple[str, Mapping]]:  # type: ignore[type-arg]
+    return ((arm, chains[arm]) for arm in arms if arm in chains)
+
+
+def _file(*parts: str) -> str:
+    return "--".join("".join(c if c.isalnum() or c in "_." else "-" for c in part) for part in parts)
+
+
+def _values(samples: Samples, ablation: str, arm: str, metric: str) -> dict[int, float]:
+    return {seed: sample.value for seed, sample in samples.values(ablation, arm, metric).items()}
+
+
+def _table(ablation: Ablation, arms: Sequence[str], samples: Samples, metric: str) -> Table:
+    found = {arm: samples.values(ablation.name, arm, metric) for arm in arms}
+    trouble = {arm: samples.trouble(ablation.name, arm) for arm in arms}
+    seeds = sorted({seed for arm in arms for seed in (*found[arm], *trouble[arm])} | set(ablation.seeds))
+    places = decimals(sample.value for by_seed in found.values() for sample in by_seed.values())
+    base = {seed: sample.value for seed, sample in found[ablation.baseline].items()}
+    rows = []
+    for arm in arms:
+        values = {seed: sample.value for seed, sample in found[arm].items()}
+        gap = Shown("", "baseline")
+        if arm != ablation.baseline:
+            gap = show(estimate(paired_differences(values, base).values()), places=places, sign=True)
+        cells = tuple(
+            _cell(found[arm][seed], places) if seed in found[arm] else (trouble[arm].get(seed, "\u2013"), None)
+            for seed in seeds
+        )
+        rows.append(Row(arm, arm == ablation.baseline, show(estimate(values.values()), places=places), gap, cells))
+    return Table(metric, tuple(seeds), tuple(rows))
+
+
+def gaps(ablations: Sequence[Ablation], samples: Samples) -> tuple[Gap, ...]:
+    """Every arm and seed of the files that has no full result: not run, running, failed, diverged."""
+    reasons: dict[str, str] = {}
+    for run in samples.planned:
+        if run.status in ("FAILED", "RUNNING"):
+            why = f"{run.program} {run.status.lower()}{': ' * bool(run.reason)}{run.reason}"
+            reasons.update(dict.fromkeys(run.labels, why))
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for ablation in ablations:
+        for arm in ablation.arms:
+            for seed in ablation.seeds:
+                chain = samples.chains.get(ablation.name, {}).get(arm, {}).get(seed)
+                if chain is not None and chain.trouble == DIVERGED:
+                    why = _diverged(next(r for r in chain.records if r.status == "DIVERGED"))
+                elif chain is not None and chain.complete and not chain.trouble:
+                    continue
+                else:
+                    default = "not run" if chain is None else chain.trouble or "not finished"
+                    why = reasons.get(f"{ablation.name}/{arm}/s{seed}", default)
+                found.setdefault((ablation.name, arm, why), []).append(seed)
+    return tuple(Gap(ablation, arm, tuple(seeds), why) for (ablation, arm, why), seeds in found.items())
+
+
+def _diverged(record: Record) -> str:
+    step = record.metrics.get("diverged_at")
+    return f"{record.program} diverged" + (f" at step {step:.0f}" if step is not None else "")
+
+
+def summary(verdicts: Sequence[Verdict], *, scale: str) -> str:
+    """One sentence: how many claims came to what."""
+    counts = {outcome: sum(verdict.outcome == outcome for verdict in verdicts) for outcome in OUTCOMES}
+    phrases = {
+        "reproduced": "reproduced",
+        "direction only": "reproduced in direction only",
+        "contradicted": "contradicted",
+        "inconclusive": "inconclusive",
+        "not tested at this scale": "not testable at this scale",
+        "no records": "without records",
+    }
+    told = [f"{count} {phrases[outcome]}" for outcome, count in counts.items() if count]
+    total = f"{len(verdicts)} claim{'s' * (len(verdicts) != 1)} of the paper at scale {scale}"
+    return f"{total}: {', '.join(told)}." if told else f"No claims are listed for this paper (scale {scale})."
+
+
+def verdict_figure(verdicts: Sequence[Verdict]) -> Figure:
+    """All verdicts at a glance."""
+    return forest_figure(verdicts)

@@ -1,0 +1,122 @@
+"""What goes wrong stays where it went wrong, is told in one line, and loses nothing that was recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Run
+
+from retrace.core.plan import plan
+from retrace.core.store import Busy, Store
+
+SMALL = [*TINY, "seed=0", "base.optim.steps=3", "train.optim.steps=2", "eval.num_questions=2", "eval.num_windows=2"]
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2_and_leaves_nothing_behind(home: Path, retrace: Run) -> None:
+    for arguments in (
+        ["run", "quietstar/main", "thoughts.num_smpled=3"],
+        ["run", "quietstar/nothing"],
+        ["run", "scale=smoke"],
+        ["run", "quietstar/main", "scale=smoke", "eval.tasks=[nothing]"],
+        ["plan", "quietstar/main", "corpus.mixture.prose=0.9"],
+        ["report", "nobody"],
+        ["frobnicate"],
+    ):
+        done = retrace(*arguments)
+        assert done.returncode == 2, done.stdout
+        assert "Traceback" not in done.stderr
+        assert done.stderr.strip()
+    assert not (home / "runs").exists()
+
+
+def test_an_unreachable_hub_is_told_within_seconds_and_names_the_local_way(retrace: Run) -> None:
+    done = retrace(
+        "run", "quietstar/main", *SMALL, "eval.tasks=[gsm8k_direct]",
+        HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0", RETRACE_DATA="", timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "can't be reached" in done.stderr
+    assert "RETRACE_DATA" in done.stderr
+
+
+def test_a_loss_that_is_no_number_is_a_result_and_not_a_crash(home: Path, retrace: Run) -> None:
+    arguments = ["run", "quietstar/main", *SMALL, "base.optim.steps=30", "base.optim.learning_rate=1e30"]
+    done = retrace(*arguments)
+    assert "1 of them diverged" in done.stdout
+    assert "2 not tried because they build on those" in done.stdout
+    (record,) = Store(home).records("quietstar")
+    assert record.status == "DIVERGED"
+    assert record.metrics["diverged_at"] >= 1
+    assert "DIVERGED" not in retrace(*arguments).stdout  # a result is not computed again
+
+
+def test_a_run_that_fails_neither_hides_nor_kills_the_others(home: Path, retrace: Run) -> None:
+    arguments = ["run", "quietstar/thoughts", *SMALL]
+    specs = plan(["quietstar/thoughts"], SMALL)
+    victim = next(s for s in specs if s.program == "train" and s.config.thoughts.num_sampled == 0)  # type: ignore[attr-defined]
+    (home / "runs" / victim.id).mkdir(parents=True)
+    (home / "runs" / victim.id / "model").write_text("in the way")  # the folder `model` can't replace a file
+    done = retrace(*arguments)
+    assert done.returncode == 1
+    assert "1 failed, 1 not tried because they build on those" in done.stdout
+    assert f"{victim.id}: " in done.stdout
+    assert len(Store(home).records("quietstar")) == 3
+    assert f"FAILED 2/2 {victim.id}" in " ".join(retrace("status", "quietstar/thoughts", *SMALL).stdout.split())
+    (home / "runs" / victim.id / "model").unlink()
+    assert "5 of 5 runs finished" in retrace(*arguments).stdout
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A home on a disk of 400 kB: enough to start, too little for checkpoints and records."""
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_fails_the_run_with_the_reason_and_room_lets_it_go_on(full_disk: Path, retrace: Run) -> None:
+    ballast = full_disk / "ballast"
+    ballast.write_bytes(b"0" * 330_000)
+    arguments = ["run", "quietstar/main", *SMALL, "hardware.checkpoint_seconds=0"]
+    done = retrace(*arguments, RETRACE_HOME=str(full_disk))
+    assert done.returncode == 1
+    assert "No space left on device" in done.stdout + done.stderr
+    ballast.unlink()
+    subprocess.run(["mount", "-o", "remount,size=40m", str(full_disk)], check=True)
+    done = retrace(*arguments, RETRACE_HOME=str(full_disk))
+    assert done.returncode == 0, done.stdout
+    assert len(Store(full_disk).records("quietstar")) == 3
+
+
+def test_a_live_run_is_left_alone_and_a_dead_one_is_taken_over(home: Path) -> None:
+    (spec,) = (s for s in plan(["quietstar/main"], SMALL) if s.program == "pretrain")
+    run = Store(home).run(spec.id)
+    run.freeze(spec, command="test")
+    with run.lease():
+        assert run.state().status == "RUNNING"
+        with pytest.raises(Busy), run.lease():
+            pass
+    lease = {"host": os.uname().nodename, "pid": 2**22 - 3, "started": 1.0}
+    (run.path / "lease.json").write_text(json.dumps(lease))
+    assert run.state().status == "PLANNED"
+    with run.lease():
+        assert run.state().status == "RUNNING"
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(home: Path, retrace: Run) -> None:
+    assert retrace("run", "quietstar/main", *SMALL).returncode == 0
+    base = next(path for path in (home / "runs").glob("*pretrain*"))
+    other = plan(["quietstar/main"], [*SMALL, "model.hidden_size=32"])
+    shutil.copytree(base, home / "runs" / other[0].id)
+    done = retrace("run", "quietstar/main", *SMALL, "model.hidden_size=32")
+    assert done.returncode == 1
+    assert "a checkpoint of another model" in done.stdout
