@@ -15,11 +15,11 @@ PAPERS = sorted(path.name for path in (SOURCE / "papers").iterdir() if (path / "
 
 # Layer 0 answers at once on a login node: no torch, also not through what it imports.
 LAYER_0 = {
-    "cli", "core.claims", "core.config", "core.cost", "core.doctor", "core.figures", "core.identity", "core.launch",
+    "cli", "core.claims", "core.compose", "core.config", "core.cost", "core.doctor", "core.figures", "core.identity", "core.launch",
     "core.paper", "core.plan", "core.planview", "core.progress", "core.provenance", "core.record", "core.report",
     "core.stats", "core.store", "core.tasks",
 }  # fmt: skip
-ONE_HOME = {"hydra": "core.config", "wandb": "core.tracking", "lm_eval": "core.evaluate"}
+ONE_HOME = {"hydra": "core.compose", "wandb": "core.tracking", "lm_eval": "core.evaluate"}
 PURE = {"core.report", "core.claims", "core.stats", "core.figures"}
 
 

@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Run the ablations of a paper and see, from recorded runs, which of its claims came back.",
 )
-console = Console(soft_wrap=False)
+console = Console(width=None if sys.stdout.isatty() else 140)  # a pipe has no width of its own
 
 Words = Annotated[
     list[str],
@@ -119,9 +119,9 @@ def report(
     scale: Annotated[str, typer.Option(help="Judge the records of this scale")] = "laptop",
 ) -> None:
     """Judge every claim from the records, print the verdicts, and write REPORT.md and index.html."""
-    from retrace.core.publish import write_report
+    from retrace.core import results
 
-    write_report(slug, scale=scale, store=Store(), console=console)
+    results.report(slug, scale=scale, store=Store(), console=console)
 
 
 @app.command()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from retrace.core.config import Frozen, compose, expand_sweep, validate
+from retrace.core.compose import compose, expand_sweep
+from retrace.core.config import Frozen, validate
 from retrace.core.plan import plan
 from retrace.core.store import Store
 

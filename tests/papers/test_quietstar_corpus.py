@@ -1,4 +1,4 @@
-"""The procedural corpus: what it says is true, what is held out stays out, and the tokenizer loses nothing but spaces."""
+"""The procedural corpus: what it says is true, what is held out stays out, the tokenizer loses only spaces."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_windows_hold_whole_documents() -> None:
 
 
 def test_settings_that_make_no_corpus_are_refused() -> None:
-    with pytest.raises(ValueError, match="must sum to 1, but sum to 0.9"):
+    with pytest.raises(ValueError, match=r"must sum to 1, but sum to 0\.9"):
         Mixture(prose=0.3, arithmetic=0.3, facts=0.3)
     with pytest.raises(ValueError, match="max_hops=2 is below min_hops=3"):
         CorpusConfig.model_validate(CONFIG.model_dump() | {"min_hops": 3, "max_hops": 2})

@@ -105,11 +105,32 @@ def gradients(model: ThoughtModel, loss: Tensor) -> dict[str, Tensor]:
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
 
-def thread_hidden(model: ThoughtModel, ids_BT: Tensor, mask_BT: Tensor, thoughts_BPTM: Tensor) -> Tensor:
-    """Final hidden states (B, T, P, K, C) of all thread tokens from the one parallel pass."""
+def thread_embeddings(model: ThoughtModel, ids_BT: Tensor, thoughts_BPTM: Tensor) -> Tensor:
+    """[START, sampled, END, the true tokens after the position] of every thread, (B, T, P, K, C)."""
+    embed, num_true = model.trunk.get_input_embeddings(), model.config.num_true
+    sampled = embed(thoughts_BPTM.transpose(1, 2))
+    padded = torch.cat([ids_BT, ids_BT.new_zeros(len(ids_BT), num_true)], 1)
+    true = torch.stack([padded[:, s : s + ids_BT.shape[1]] for s in range(1, num_true)], 2)
+    parts = [sampled, embed(true)[:, :, None].expand(-1, -1, sampled.shape[2], -1, -1)]
+    if model.end_embedding is not None:
+        parts.insert(1, model.end_embedding.expand_as(sampled[:, :, :, :1]))
+    if model.start_embedding is not None:
+        parts.insert(0, model.start_embedding.expand_as(sampled[:, :, :, :1]))
+    return torch.cat(parts, 3)
+
+
+def thread_hidden(
+    model: ThoughtModel, ids_BT: Tensor, mask_BT: Tensor, thoughts_BPTM: Tensor, *, at_once: bool = False
+) -> Tensor:
+    """Final hidden states (B, T, P, K, C) of all thread tokens, in the passes of a step or all in one."""
     text = model._text(ids_BT, mask_BT, num_thoughts=thoughts_BPTM.shape[1])
-    threads = model._thread_embeddings(text, thoughts_BPTM.transpose(1, 2))
-    return model._run(text, threads, with_text=True)[:, ids_BT.shape[1] :].view(threads.shape)
+    if at_once:
+        model._read(text)
+        return model._continue(text, thread_embeddings(model, ids_BT, thoughts_BPTM))
+    thinking = model._think(text, None, thoughts_BPTM.transpose(1, 2))
+    end = model._speak(text, thinking, model.config.num_true)
+    before = thinking.before if model.config.use_start else thinking.before[1:]
+    return torch.cat([*(h.expand_as(end[:, :, :, 0])[:, :, :, None] for h in before), end], 3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,8 +150,7 @@ def test_parallel_threads_equal_one_plain_run_per_position(family: str, padding:
     thoughts_BPTM = model.sample(ids_BT, mask_BT, generator=seeded())
     with torch.no_grad():
         parallel = thread_hidden(model, ids_BT, mask_BT, thoughts_BPTM)
-        text = model._text(ids_BT, mask_BT, num_thoughts=2)
-        threads = model._thread_embeddings(text, thoughts_BPTM.transpose(1, 2))
+        threads = thread_embeddings(model, ids_BT, thoughts_BPTM)
         for b, i, p in [(0, 3, 0), (0, 6, 1), (0, 10, 0), (1, 0, 1), (1, 4, 0), (1, 6, 1)]:
             real_ids = ids_BT[b][mask_BT[b].bool()]
             position = i - int((mask_BT[b, : i + 1] == 0).sum())
@@ -189,8 +209,7 @@ def test_small_sliding_window_has_the_gradient_of_plain_runs() -> None:
     ids_BT, mask_BT = batch(num_text=9)
     thoughts_BPTM = model.sample(ids_BT, mask_BT, generator=seeded())
     parallel = thread_hidden(model, ids_BT, mask_BT, thoughts_BPTM)[:, :, 0]
-    text = model._text(ids_BT, mask_BT, num_thoughts=1)
-    threads = model._thread_embeddings(text, thoughts_BPTM.transpose(1, 2))[:, :, 0]
+    threads = thread_embeddings(model, ids_BT, thoughts_BPTM)[:, :, 0]
     plain = torch.stack(
         [
             torch.stack([reference.naive_hidden(model.trunk, ids_BT[b], threads[b, i], position=i) for i in range(9)])
@@ -273,7 +292,7 @@ def test_sampling_step_by_step_sees_what_the_one_pass_sees(use_start: bool) -> N
     model = build(use_start=use_start)
     ids_BT, mask_BT = batch("left")
     thoughts_BPTM = model.sample(ids_BT, mask_BT, generator=None)
-    hidden = thread_hidden(model, ids_BT, mask_BT, thoughts_BPTM)
+    hidden = thread_hidden(model, ids_BT, mask_BT, thoughts_BPTM, at_once=True)
     first = 0 if use_start else 1  # without START the first token comes from the text
     logits = model.trunk.lm_head(hidden[:, :, :, : 2 + use_start]).index_fill(-1, model.blocked, -torch.inf)
     assert torch.equal(logits.argmax(-1), thoughts_BPTM.transpose(1, 2)[..., first:])

@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from retrace.core.config import CONFIGS, compose, validate
+from retrace.core.compose import compose
+from retrace.core.config import CONFIGS, validate
 from retrace.core.evaluate import _load, evaluate_task
 from retrace.core.scoring import CausalLMScorer
 from retrace.core.tasks import list_tasks, read_rows, read_task, validate_tasks

@@ -152,8 +152,15 @@ class Verdict:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """A phrase for every seed that could not be paired."""
-        return tuple(f"{arm.arm} seed {seed}: {why}" for arm in self.arms for seed, why in arm.missing.items())
+        """A phrase for the seeds of an arm that could not be paired, and why."""
+        groups: dict[tuple[str, str], list[int]] = {}
+        for arm in self.arms:
+            for seed, why in arm.missing.items():
+                groups.setdefault((arm.arm, why), []).append(seed)
+        return tuple(
+            f"{arm} seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: {why}"
+            for (arm, why), seeds in groups.items()
+        )
 
 
 def load_claims(path: Path, *, arms: Mapping[str, Collection[str]] | None = None) -> tuple[Claim, ...]:
@@ -227,7 +234,8 @@ def _decide(claim: Claim, arms: Sequence[ArmSamples], found: Estimate | None, *,
         return "no records", f"no {empty[0].metric} on record for arm {' and '.join(arm.arm for arm in empty)}"
     if found is None or found.n < MIN_PAIRS:
         pairs = 0 if found is None else found.n
-        return "inconclusive", f"{pairs} seed{'s' * (pairs != 1)} in all arms; a verdict needs {MIN_PAIRS}"
+        have = f"{pairs} seeds have" if pairs != 1 else "1 seed has"
+        return "inconclusive", f"only {have} a value in every arm, and a verdict needs {MIN_PAIRS}"
     if not found.has_spread:
         return _decide_without_spread(claim, found, scale=scale)
     if found.side == 0:

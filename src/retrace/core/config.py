@@ -1,4 +1,4 @@
-"""Frozen, strict configs: what a run is made of; and `compose()`, the only place that knows Hydra.
+"""Frozen, strict configs: what a run is made of.
 
 A config is composed once, validated once and never changed. Every default stands in a YAML or in a schema, so the JSON
 of a config is the whole experiment. Parts that only say *where* a run happens derive from `Placement`.
@@ -7,7 +7,6 @@ of a config is the whole experiment. Parts that only say *where* a run happens d
 from __future__ import annotations
 
 import difflib
-import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,7 +86,7 @@ def validate(schema: type[C], values: Mapping[str, Any], *, source: str) -> C:
 def _explain(error: Any, schema: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{key}: no such key{_suggest(key, list(_keys(schema)))}"
+        return f"{key}: no such key{suggest(key, list(_keys(schema)))}"
     message = error["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(error["input"], dict) else f"={error['input']!r}"
     return f"{key}{shown}: {message[:1].lower()}{message[1:]}" if key else message
@@ -100,7 +99,8 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _keys(field.annotation, f"{prefix}{name}.")
 
 
-def _suggest(word: str, known: Sequence[str]) -> str:
+def suggest(word: str, known: Sequence[str]) -> str:
+    """The end of a sentence about an unknown word: the nearest known one, or all of them."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else f"; the keys are: {', '.join(known)}"
 
@@ -119,80 +119,3 @@ def data_root() -> Path | None:
 def papers() -> list[str]:
     """Slugs of the papers: the folders of configs/ that hold a main.yaml."""
     return sorted(path.parent.name for path in CONFIGS.glob("*/main.yaml"))
-
-
-def expand_sweep(overrides: Sequence[str]) -> list[tuple[str, ...]]:
-    """Hydra's sweep syntax (`a=1,2`, `a=range(3)`, `a=choice(x,y)`) as the product of plain override lists.
-
-    Raises ValueError where an override does not parse.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    choices: list[list[str]] = []
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{text!r} is not an override: {reason}; write key=value, as in seed=0,1,2") from None
-        if override.is_sweep_override():
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([text])
-    return list(itertools.product(*choices))
-
-
-def override_key(override: str) -> str:
-    """The dotted key that an override sets: `thoughts.num_sampled` of `++thoughts.num_sampled=3`."""
-    return override.partition("=")[0].lstrip("+~")
-
-
-def compose(paper: str, overrides: Sequence[str], *, name: str = "main") -> dict[str, Any]:
-    """The resolved plain tree of configs/<paper>/<name>.yaml under Hydra overrides.
-
-    Raises ValueError, in one line, for an unknown paper, key, group choice or a value that does not parse.
-    """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    folder = CONFIGS / paper
-    if not (folder / f"{name}.yaml").is_file():
-        raise ValueError(f"{paper}/{name}: no such config; the papers are: {', '.join(papers()) or 'none'}")
-    for override in overrides:
-        if override.startswith(("+", "~")):
-            raise ValueError(f"{override}: keys can't be added or removed, only set; write {override.lstrip('+~')}")
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
-            search = f"hydra.searchpath=[file://{CONFIGS}]"  # configs/hardware and configs/tracking, for every paper
-            tree = OmegaConf.to_container(hydra_compose(name, [search, *overrides]), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_one_line(error, paper, name, overrides)) from None
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
-
-
-def _one_line(error: Exception, paper: str, name: str, overrides: Sequence[str]) -> str:
-    """Hydra's several lines as one sentence, with the nearest known key where a key is unknown."""
-    text = str(error)
-    for override in overrides:
-        key = override_key(override)
-        if f"'{key}'" in text and ("Could not override" in text or "is not in struct" in text):
-            known = list(_leaves(compose(paper, [], name=name)))
-            return f"{override}: no such key{_suggest(key, known)}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"{paper}/{name} does not compose: " + " ".join(lines[:6])
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        yield prefix + key
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")

@@ -141,6 +141,7 @@ def curve_figure(name: str, metric: str, arms: Mapping[str, Sequence[Curve]]) ->
         yield from _frame(metric, low, high)
         for mark in ticks(first, last):
             yield text(x(mark), HEIGHT - BOTTOM + 14, number(mark, 0), "tick", anchor="middle")
+        yield text(WIDTH - RIGHT, HEIGHT - 6, "step", "tick", anchor="end")
         left = LEFT
         for index, (arm, curves) in enumerate(arms.items()):
             kind = f"curve c{index % NUM_COLOURS}"

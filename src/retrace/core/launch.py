@@ -39,7 +39,7 @@ class Worker:
 
     def __init__(self, *, threads: int) -> None:
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        self._environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        self._environment |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
         self._process: subprocess.Popen[str] | None = None
         self._errors: list[str] = []
 

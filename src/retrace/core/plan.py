@@ -16,18 +16,8 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from retrace.core.config import (
-    CONFIGS,
-    Experiment,
-    Frozen,
-    Hardware,
-    Tracking,
-    _suggest,
-    compose,
-    expand_sweep,
-    override_key,
-    validate,
-)
+from retrace.core.compose import compose, expand_sweep, override_key
+from retrace.core.config import CONFIGS, Experiment, Frozen, Hardware, Tracking, suggest, validate
 from retrace.core.identity import run_id
 from retrace.core.paper import Paper, Stage, load_paper
 
@@ -103,7 +93,7 @@ def resolve(target: str) -> list[Ablation]:
     if not name:
         return list(ablations.values())
     if name not in ablations:
-        raise ValueError(f"{target}: no such ablation{_suggest(name, ['main', *ablations])}")
+        raise ValueError(f"{target}: no such ablation{suggest(name, ['main', *ablations])}")
     return [ablations[name]]
 
 

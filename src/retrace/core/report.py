@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -83,7 +82,9 @@ def render(
     for verdict in verdicts:
         wanted.setdefault(verdict.claim.ablation, []).extend(metric for _, metric in verdict.claim.cells)
     everywhere = [metric for metrics in wanted.values() for metric in metrics]
-    views = [view_ablation(a, samples, metrics=list(dict.fromkeys(wanted.get(a.name, everywhere)))) for a in ablations]
+    views = [
+        view_ablation(ablation, samples, own=wanted.get(ablation.name, ()), others=everywhere) for ablation in ablations
+    ]
     overview = verdict_figure(verdicts)
     page: dict[str, Any] = {
         "paper": paper,
@@ -112,13 +113,20 @@ def _environment() -> Any:
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=lambda name: bool(name) and name.endswith(".html.j2"),
+        autoescape=lambda name: (name or "").endswith(".html.j2"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"md": _markdown, "code": _code, "si": _si, "duration": duration, "anchor": _anchor}
+    environment.filters |= {
+        "md": _markdown,
+        "code": _code,
+        "si": _si,
+        "arrow": _arrow,
+        "duration": duration,
+        "anchor": _anchor,
+    }
     style = (TEMPLATES / "page.css").read_text() + STYLE
     environment.globals |= {"symbols": SYMBOLS, "style": style, "outcomes": OUTCOMES}
     return environment
@@ -126,8 +134,13 @@ def _environment() -> Any:
 
 def _markdown(content: object) -> str:
     """Text that stays text in Markdown, in a table as well."""
-    escaped = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(str(content), quote=False))
+    escaped = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", str(content).replace("&", "&amp;").replace("<", "&lt;"))
     return " ".join(escaped.split())
+
+
+def _arrow(content: str) -> str:
+    """ASCII arrows of the claims file as arrows."""
+    return content.replace("->", "\u2192")
 
 
 def _code(content: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retrace.core.claims import OUTCOMES, Verdict
@@ -42,7 +42,7 @@ class Table:
 
 @dataclass(frozen=True)
 class AblationView:
-    """One ablation. `key` tables and figures show the metrics of its claims, `other` all further metrics."""
+    """One ablation. `key`: the metrics of its own claims; `figures`: those of all claims; `other`: all further tables."""
 
     ablation: Ablation
     arms: tuple[str, ...]
@@ -61,7 +61,7 @@ class VerdictView:
     shown: Shown
     detectable: str
     bar: Figure
-    arms: tuple[tuple[str, str, Shown], ...]
+    arms: tuple[tuple[str, Shown], ...]  # named with the metric where a claim has two
     seeds: tuple[tuple[int, tuple[tuple[str, Record], ...], str], ...]
 
 
@@ -91,8 +91,12 @@ def show(found: Estimate | None, *, places: int | None = None, sign: bool = Fals
 
 def view_verdict(verdict: Verdict) -> VerdictView:
     """A verdict's numbers with as many places as its difference needs."""
-    places = decimals([*verdict.differences.values(), verdict.estimate.mean if verdict.estimate else 0.0])
-    arms = tuple((arm.arm, arm.metric, show(arm.estimate, places=places)) for arm in verdict.arms)
+    found = verdict.estimate
+    places = decimals([*verdict.differences.values(), *([found.low or 0.0, found.high or 0.0] if found else [])])
+    one = isinstance(verdict.claim.metric, str)
+    arms = tuple(
+        (arm.arm if one else f"{arm.arm} {arm.metric}", show(arm.estimate, places=places)) for arm in verdict.arms
+    )
     seeds = tuple(
         (seed, tuple(_cell(arm.samples[seed], places) for arm in verdict.arms), number(value, places, sign=True))
         for seed, value in verdict.differences.items()
@@ -107,43 +111,48 @@ def _cell(sample: Sample, places: int) -> tuple[str, Record]:
     return number(sample.value, places), sample.record
 
 
-def view_ablation(ablation: Ablation, samples: Samples, *, metrics: Sequence[str]) -> AblationView:
-    """Everything that the records say of an ablation. `metrics`: those of its claims, shown first."""
-    chains = samples.chains.get(ablation.name, {})
+def view_ablation(ablation: Ablation, samples: Samples, *, own: Sequence[str], others: Sequence[str]) -> AblationView:
+    """Everything that the records say of an ablation, the metrics of its own claims and of other claims first."""
+    name, chains = ablation.name, samples.chains.get(ablation.name, {})
     arms = (*ablation.arms, *sorted(chains.keys() - ablation.arms.keys()))
-    present = samples.metrics(ablation.name)
-    key = [metric for metric in metrics if metric in present] or [m for m in present if m != DIVERGED][:2]
-    tables = {metric: _table(ablation, arms, samples, metric) for metric in present}
-    lost = {
-        arm: tuple(seed for seed, why in samples.trouble(ablation.name, arm).items() if why == DIVERGED) for arm in arms
-    }
-    figures = []
-    for metric in key:
-        columns = [ArmValues(arm, _values(samples, ablation.name, arm, metric), lost[arm]) for arm in arms]
-        figures.append(sample_figure(_file(ablation.name, metric), metric, columns, baseline=ablation.baseline))
-    curves = []
-    for name in samples.series(ablation.name):
-        by_arm = {
-            arm: [c.series[name] for c in seeds.values() if name in c.series] for arm, seeds in _in_order(arms, chains)
-        }
-        curves.append(curve_figure(_file(ablation.name, "curve", name), name, by_arm))
-    rows = tuple(
-        (arm, seed, r) for arm, seeds in _in_order(arms, chains) for seed, c in sorted(seeds.items()) for r in c.records
+    present = samples.metrics(name)
+    drawn = [metric for metric in dict.fromkeys((*own, *others)) if metric in present]
+    drawn = drawn or [metric for metric in present if metric != DIVERGED][:2]
+    key = [metric for metric in drawn if metric in own] or drawn[:1]
+    tables = {metric: _table(ablation, arms, samples, metric) for metric in dict.fromkeys((*drawn, *present))}
+    return AblationView(
+        ablation=ablation,
+        arms=arms,
+        key=tuple(tables[metric] for metric in key),
+        figures=tuple(_sample_figure(ablation, arms, samples, metric) for metric in drawn),
+        other=tuple(table for metric, table in tables.items() if metric not in key),
+        curves=tuple(_curve_figure(name, arms, samples, curve) for curve in samples.series(name)),
+        records=tuple(
+            (arm, seed, record)
+            for arm in arms
+            for seed, chain in sorted(chains.get(arm, {}).items())
+            for record in chain.records
+        ),
     )
-    other = tuple(table for metric, table in tables.items() if metric not in key)
-    return AblationView(ablation, arms, tuple(tables[m] for m in key), tuple(figures), other, tuple(curves), rows)
 
 
-def _in_order(arms: Sequence[str], chains: Mapping[str, Mapping]) -> Iterator[tuple[str, Mapping]]:  # type: ignore[type-arg]
-    return ((arm, chains[arm]) for arm in arms if arm in chains)
+def _sample_figure(ablation: Ablation, arms: Sequence[str], samples: Samples, metric: str) -> Figure:
+    columns = []
+    for arm in arms:
+        values = {seed: sample.value for seed, sample in samples.values(ablation.name, arm, metric).items()}
+        lost = [seed for seed, why in samples.trouble(ablation.name, arm).items() if why == DIVERGED]
+        columns.append(ArmValues(arm, values, tuple(seed for seed in lost if seed not in values)))
+    return sample_figure(_file(ablation.name, metric), metric, columns, baseline=ablation.baseline)
+
+
+def _curve_figure(ablation: str, arms: Sequence[str], samples: Samples, name: str) -> Figure:
+    chains = samples.chains[ablation]
+    curves = {arm: [c.series[name] for c in chains.get(arm, {}).values() if name in c.series] for arm in arms}
+    return curve_figure(_file(ablation, "curve", name), name, {arm: found for arm, found in curves.items() if found})
 
 
 def _file(*parts: str) -> str:
     return "--".join("".join(c if c.isalnum() or c in "_." else "-" for c in part) for part in parts)
-
-
-def _values(samples: Samples, ablation: str, arm: str, metric: str) -> dict[int, float]:
-    return {seed: sample.value for seed, sample in samples.values(ablation, arm, metric).items()}
 
 
 def _table(ablation: Ablation, arms: Sequence[str], samples: Samples, metric: str) -> Table:
@@ -199,14 +208,14 @@ def summary(verdicts: Sequence[Verdict], *, scale: str) -> str:
     counts = {outcome: sum(verdict.outcome == outcome for verdict in verdicts) for outcome in OUTCOMES}
     phrases = {
         "reproduced": "reproduced",
-        "direction only": "reproduced in direction only",
+        "direction only": "in direction only",
         "contradicted": "contradicted",
         "inconclusive": "inconclusive",
         "not tested at this scale": "not testable at this scale",
         "no records": "without records",
     }
     told = [f"{count} {phrases[outcome]}" for outcome, count in counts.items() if count]
-    total = f"{len(verdicts)} claim{'s' * (len(verdicts) != 1)} of the paper at scale {scale}"
+    total = f"Of {len(verdicts)} claim{'s' * (len(verdicts) != 1)}, judged at scale {scale}"
     return f"{total}: {', '.join(told)}." if told else f"No claims are listed for this paper (scale {scale})."
 
 

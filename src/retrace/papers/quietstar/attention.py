@@ -1,17 +1,19 @@
 """Structured thought attention: every text position carries a private thread of tokens, and no T x kT mask ever exists.
 
-A forward pass holds, per unique sequence, the text once and then the threads, position by position:
-[text T | thread tokens (N, P, K)]. A thread token attends to the text up to its position and to the earlier tokens of
-its own thread (specification 1.2 "Attention", 6.4). The function is registered with transformers, so any family that
-uses the attention interface with rotary or learned positions works unchanged.
+The text goes through the trunk once per unique sequence; threads then follow in one or more passes, each holding the
+next K tokens of every thread, position by position: (N, Q, K). A thread token attends to the text up to its position
+and to the earlier tokens of its own thread (specification 1.2 "Attention", 6.4). The function is registered with
+transformers, so any family that uses the attention interface works unchanged.
 
 Scores exist only for one block of positions at a time: all thread tokens of a block are rows of one matrix product
 with the text keys, the own keys are a small batched product beside it, and one softmax runs over both. The backward
-pass recomputes them, so what is kept for it is linear in the length of a thought.
+pass recomputes them. Keys and values stand once in buffers that later passes read and backward passes add gradients
+to, so what is kept is linear in the length of a thought.
 
-Shapes: B sequences, T text tokens, N positions that think, P thoughts per position, K tokens of a thread in this pass,
-J tokens of a thread so far (K included), G key-value heads, R query heads per key-value head, H = G * R, D head size,
-L tokens of the pass, C hidden size, X sequences x key-value heads in a block, W text keys in a block.
+Shapes: B sequences, T text tokens, N positions that think, P thoughts per position, Q thoughts in a pass (P, or 1
+while they still share their tokens), K tokens of a thread in a pass, J tokens of a thread up to and with that pass,
+G key-value heads, R query heads per key-value head, H = G * R, D head size, L tokens of the pass, C hidden size.
+In a block: X sequences x key-value heads, n positions, W text keys.
 """
 
 from __future__ import annotations
@@ -27,42 +29,63 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "retrace_thoughts"
-BLOCK_POSITIONS = 32  # on CPU the scores of a block (32 * P * K * R rows) stay in the second-level cache
+BLOCK_SCORES = {"cpu": 2**18}  # scores alive at a time: on CPU they fit the second-level cache
+BLOCK_SCORES_ELSEWHERE = 2**26
 
 
 @dataclass
-class LayerCache:
-    """Keys and values of one layer that later passes of the same thoughts attend to."""
+class LayerMemory:
+    """Keys and values of one layer for later passes, and where their gradients gather during the backward pass."""
 
-    text_key_BTGD: Tensor
-    text_value_BTGD: Tensor
-    own_key_BNPJGD: Tensor
-    own_value_BNPJGD: Tensor
+    text_BGTD: tuple[Tensor, Tensor]
+    own_BGNPJD: tuple[Tensor, Tensor]
+    gradients: list[Tensor] | None = None
+
+    def gathered(self) -> list[Tensor]:
+        """Gradients of (text key, text value, own key, own value), zero at first, in fp32 or wider."""
+        if self.gradients is None:
+            wide = torch.promote_types(self.text_BGTD[0].dtype, torch.float32)
+            self.gradients = [torch.zeros_like(x, dtype=wide) for x in (*self.text_BGTD, *self.own_BGNPJD)]
+        return self.gradients
 
 
-@dataclass
-class ThoughtState:
-    """What the attention function has to know of one forward pass, or of several over the same text.
+@dataclass(frozen=True)
+class Reach:
+    """Which text keys a thread may see.
 
     `text_allowed_BT` is False at padding that stands before real text, and None where causality already hides it all.
-    `positions_BN` are the text positions that think, None for all of them. `num_kept_slots` is the number of thread
-    tokens to keep keys and values for; 0 keeps nothing (one pass with text and threads together).
+    `positions_BN` are the text positions that think, None for all of them.
     """
 
     num_text: int
-    num_thoughts: int = 1
     text_allowed_BT: Tensor | None = None
     positions_BN: Tensor | None = None
-    num_kept_slots: int = 0
-    with_text: bool = True  # does the pass in flight hold the text?
-    num_new: int = 0  # thread tokens per thought in the pass in flight
-    num_done: int = 0  # thread tokens per thought of earlier passes
-    calls: int = 0
-    caches: dict[int, LayerCache] = field(default_factory=dict)
 
     @property
     def num_positions(self) -> int:
         return self.num_text if self.positions_BN is None else self.positions_BN.shape[1]
+
+
+@dataclass
+class ThoughtState:
+    """One text with its threads, over all passes. `num_slots` thread tokens have room; 0 keeps nothing of the text."""
+
+    reach: Reach
+    num_thoughts: int
+    num_slots: int
+    num_done: int = 0  # thread tokens per thought of earlier passes
+    calls: int = 0
+    memories: dict[int, LayerMemory] = field(default_factory=dict)
+    links: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ThoughtPass:
+    """One pass: the text (`num_new` 0), or the next `num_new` tokens of every thread after `num_done` earlier ones."""
+
+    state: ThoughtState
+    num_done: int
+    num_new: int
 
 
 def install(trunk: PreTrainedModel) -> None:
@@ -85,21 +108,19 @@ def install(trunk: PreTrainedModel) -> None:
 
 
 def run_trunk(
-    trunk: PreTrainedModel,
-    embeds_BLC: Tensor,
-    *,
-    position_ids_BL: Tensor,
-    state: ThoughtState,
-    with_text: bool,
-    num_new: int,
+    trunk: PreTrainedModel, embeds_BLC: Tensor, *, position_ids_BL: Tensor, state: ThoughtState, num_new: int
 ) -> Tensor:
-    """One pass of the decoder over [text if `with_text` | `num_new` thread tokens per thought]; final-norm hidden states.
+    """One pass of the decoder over the text (`num_new` 0) or `num_new` tokens of every thread.
 
-    Returns (B, L, C). Raises ValueError, naming the family, when a layer did not come through our attention.
+    Returns final-norm hidden states (B, L, C). Raises ValueError, naming the family, when a layer did not come through
+    our attention.
     """
-    state.with_text, state.num_new, state.calls = with_text, num_new, 0
+    state.calls = 0
     output = trunk.base_model(
-        inputs_embeds=embeds_BLC, position_ids=position_ids_BL, use_cache=False, thought_state=state
+        inputs_embeds=embeds_BLC,
+        position_ids=position_ids_BL,
+        use_cache=False,
+        thought_pass=ThoughtPass(state, state.num_done, num_new),
     )
     num_layers = trunk.config.num_hidden_layers
     if state.calls != num_layers:
@@ -121,55 +142,52 @@ def thought_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    thought_state: ThoughtState | None = None,
+    thought_pass: ThoughtPass | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in every layer; returns (B, L, H, D) and no weights."""
-    state = _checked(thought_state, module, attention_mask=attention_mask, dropout=dropout, options=options)
+    here = _checked(thought_pass, module, attention_mask=attention_mask, dropout=dropout, options=options)
+    state, layer = here.state, module.layer_idx
     state.calls += 1
     scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
-    num_text = state.num_text if state.with_text else 0
-    query_BLHD, key_BLGD, value_BLGD = (x.transpose(1, 2) for x in (query_BHLD, key_BGLD, value_BGLD))
-    text_key, text_value = key_BLGD[:, :num_text], value_BLGD[:, :num_text]
-    outputs = []
-    if num_text:
-        mask = _text_mask(state, sliding_window, query_BHLD.device)
-        text = F.scaled_dot_product_attention(
-            query_BHLD[:, :, :num_text],
-            text_key.transpose(1, 2),
-            text_value.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=True,
+    if here.num_new == 0:
+        mask = _text_mask(state.reach, sliding_window, query_BHLD.device)
+        output_BHTD = F.scaled_dot_product_attention(
+            query_BHLD, key_BGLD, value_BGLD, mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
-        outputs.append(text.transpose(1, 2))
-    own_shape = (query_BLHD.shape[0], state.num_positions, -1, max(state.num_new, 1))
-    own_key, own_value = (x[:, num_text:].unflatten(1, own_shape[1:]) for x in (key_BLGD, value_BLGD))
-    if state.num_kept_slots:
-        text_key, text_value, own_key, own_value = _with_cache(
-            state, module.layer_idx, text_key, text_value, own_key, own_value
-        )
-    if state.num_new:
-        query = query_BLHD[:, num_text:].unflatten(1, own_shape[1:])
-        threads = ThreadAttention.apply(query, text_key, text_value, own_key, own_value, state, sliding_window, scale)
-        outputs.append(threads.flatten(1, 3))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None
+        if state.num_slots:
+            _remember(state, layer, key_BGLD, value_BGLD)
+        return output_BHTD.transpose(1, 2).contiguous(), None
+    num_positions, num_heads = state.reach.num_positions, key_BGLD.shape[1]
+    query_BHNQKD = query_BHLD.unflatten(2, (num_positions, -1, here.num_new))
+    key_BGNQKD, value_BGNQKD = (x.unflatten(2, (num_positions, -1, here.num_new)) for x in (key_BGLD, value_BGLD))
+    output_BNQKGRD, state.links[layer] = ThreadAttention.apply(
+        query_BHNQKD.unflatten(1, (num_heads, -1)).movedim(2, 5),
+        key_BGNQKD,
+        value_BGNQKD,
+        state.links[layer],
+        state.memories[layer],
+        here.num_done,
+        state.reach,
+        sliding_window,
+        scale,
+    )
+    return output_BNQKGRD.flatten(4, 5).flatten(1, 3), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, thought_attention)
 
 
 def _checked(
-    state: ThoughtState | None,
+    here: ThoughtPass | None,
     module: nn.Module,
     *,
     attention_mask: Tensor | None,
     dropout: float,
     options: dict[str, Any],
-) -> ThoughtState:
+) -> ThoughtPass:
     name = type(module).__name__
-    if state is None:
+    if here is None:
         raise ValueError(
             f"{name} was called outside of ThoughtModel: call the ThoughtModel, or give the trunk its own attention "
             "back with trunk.set_attn_implementation('sdpa')"
@@ -180,195 +198,193 @@ def _checked(
             f"{name} asks for {unserved or ('dropout', dropout)}: thought attention serves neither attention dropout, "
             "logit soft-capping, sinks nor ready-made masks; set them to 0 or choose another family"
         )
-    return state
+    return here
 
 
-def _text_mask(state: ThoughtState, window: int | None, device: torch.device) -> Tensor | None:
+def _text_mask(reach: Reach, window: int | None, device: torch.device) -> Tensor | None:
     """(B or 1, 1, T, T), True where attended to; None for plain causal attention."""
-    if state.text_allowed_BT is None and (window is None or window >= state.num_text):
+    if reach.text_allowed_BT is None and (window is None or window >= reach.num_text):
         return None
-    index_T = torch.arange(state.num_text, device=device)
+    index_T = torch.arange(reach.num_text, device=device)
     distance_TT = index_T[:, None] - index_T
     mask = (distance_TT >= 0)[None, None]
     if window is not None:
         mask = mask & (distance_TT < window)
-    if state.text_allowed_BT is not None:
-        mask = mask & state.text_allowed_BT[:, None, None]
+    if reach.text_allowed_BT is not None:
+        mask = mask & reach.text_allowed_BT[:, None, None]
     return mask | (distance_TT == 0)  # a padded row sees itself: a row without any key would be NaN
 
 
-def _with_cache(
-    state: ThoughtState, layer: int, text_key: Tensor, text_value: Tensor, own_key: Tensor, own_value: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keep this pass's keys and values; return those of the text and of all thread tokens so far."""
-    if state.with_text:
-        batch, _, heads, size = text_key.shape
-        shape = (batch, state.num_positions, state.num_thoughts, state.num_kept_slots, heads, size)
-        state.caches[layer] = LayerCache(text_key, text_value, text_key.new_empty(shape), text_key.new_empty(shape))
-    cache, done = state.caches[layer], state.num_done + state.num_new
-    if state.num_new:  # a pass with one thread for all thoughts (START) is spread over them here
-        cache.own_key_BNPJGD[:, :, :, state.num_done : done] = own_key
-        cache.own_value_BNPJGD[:, :, :, state.num_done : done] = own_value
-    shared = slice(None, own_key.shape[2])
-    return (
-        cache.text_key_BTGD,
-        cache.text_value_BTGD,
-        cache.own_key_BNPJGD[:, :, shared, :done],
-        cache.own_value_BNPJGD[:, :, shared, :done],
-    )
+def _remember(state: ThoughtState, layer: int, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+    """Keep the text's keys and values, and make room for those of the threads."""
+    text = (key_BGTD.detach().contiguous(), value_BGTD.detach().contiguous())
+    batch, num_heads, _, size = key_BGTD.shape
+    shape = (batch, num_heads, state.reach.num_positions, state.num_thoughts, state.num_slots, size)
+    memory = LayerMemory(text, (text[0].new_empty(shape), text[0].new_empty(shape)))
+    state.memories[layer] = memory
+    state.links[layer] = KeptText.apply(key_BGTD, value_BGTD, memory)
+
+
+class KeptText(torch.autograd.Function):
+    """Hands the text's keys and values the gradients that all threads gathered.
+
+    The tensor returned is a link without a value: every pass of threads takes that of the pass before and returns its
+    own, so that the backward passes run in the opposite order and each finds the gradients of later ones complete.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, key_BGTD: Tensor, value_BGTD: Tensor, memory: LayerMemory) -> Tensor:
+        ctx.memory, ctx.dtype = memory, value_BGTD.dtype
+        return key_BGTD.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        key, value, *_own = ctx.memory.gathered()
+        ctx.memory.gradients = None
+        return key.to(ctx.dtype), value.to(ctx.dtype), None
+
+
+class ThreadAttention(torch.autograd.Function):
+    """Attention of the next K tokens of every thread; keeps its queries and recomputes weights in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BGNQKRD: Tensor,
+        key_BGNQKD: Tensor,
+        value_BGNQKD: Tensor,
+        link: Tensor,
+        memory: LayerMemory,
+        num_done: int,
+        reach: Reach,
+        window: int | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        num_own = num_done + key_BGNQKD.shape[4]
+        for buffer, new in zip(memory.own_BGNPJD, (key_BGNQKD, value_BGNQKD), strict=True):
+            buffer[:, :, :, :, num_done:num_own] = new  # one thread that serves all thoughts is spread over them
+        ctx.save_for_backward(query_BGNQKRD)
+        ctx.memory, ctx.reach, ctx.scale, ctx.num_done, ctx.num_own = memory, reach, scale, num_done, num_own
+        ctx.window = None if window is None or window >= reach.num_text + num_own else window
+        b, g, n, q, k, r, size = query_BGNQKRD.shape
+        output_BNQKGRD = query_BGNQKRD.new_empty(b, n, q, k, g, r, size)
+        output = output_BNQKGRD.movedim(4, 1)
+        with torch.autocast(query_BGNQKRD.device.type, enabled=False):
+            for block, (query, _, text_value, _, own_value), probs in _blocks(ctx, query_BGNQKRD):
+                text = probs[..., : block.end] @ text_value
+                own = _per_thread(probs, block, query) @ own_value
+                at = output[block.batch, :, block.start : block.stop]
+                at.copy_((text.view(query.shape) + own.view(query.shape)).view(at.shape))
+        return output_BNQKGRD, torch.zeros_like(link)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (query_BGNQKRD,) = ctx.saved_tensors
+        d_output, num_q = grads[0].movedim(4, 1), query_BGNQKRD.shape[3]
+        d_text_key, d_text_value, *d_own = ctx.memory.gathered()
+        d_own_key, d_own_value = (x[:, :, :, :num_q, : ctx.num_own] for x in d_own)
+        d_query = torch.empty_like(query_BGNQKRD)
+        for block, (query, text_key, text_value, own_key, own_value), probs in _blocks(ctx, query_BGNQKRD):
+            at = (block.batch, slice(None), slice(block.start, block.stop))
+            keys = (block.batch, slice(None), slice(0, block.end))
+            d_out = d_output[at].to(query.dtype).reshape(query.shape[0], -1, query.shape[-1])
+            d_out_own, query_own = (x.reshape(len(own_key), -1, x.shape[-1]) for x in (d_out, query))
+            d_text_value[keys] += (probs[..., : block.end].mT @ d_out).view_as(d_text_value[keys])
+            d_own_value[at] += (_per_thread(probs, block, query).mT @ d_out_own).view_as(d_own_value[at])
+            d_probs = _side_by_side(d_out, text_value, d_out_own, own_value)
+            d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
+            d_scores_own = _per_thread(d_scores, block, query)
+            d_rows = (d_scores[..., : block.end] @ text_key).view(query.shape)
+            d_rows += (d_scores_own @ own_key).view(query.shape)
+            d_query[at] = d_rows.mul_(ctx.scale).view_as(d_query[at])
+            d_text_key[keys] += (d_scores[..., : block.end].mT @ query.flatten(1, 4)).view_as(d_text_key[keys])
+            d_own_key[at] += (d_scores_own.mT @ query_own).view_as(d_own_key[at])
+        new = (x[:, :, :, :, ctx.num_done : ctx.num_own].to(query_BGNQKRD.dtype) for x in d_own)
+        d_key, d_value = (x.sum(3, keepdim=True) if num_q == 1 else x for x in new)
+        return d_query, d_key, d_value, grads[1], None, None, None, None, None
 
 
 @dataclass(frozen=True)
 class Block:
-    """Positions [start, stop) of some sequences and heads; text keys [free, end) need a mask, those before do not."""
+    """Positions [start, stop) of some sequences; text keys [free, end) need a mask, those before do not."""
 
     batch: slice
-    heads: slice
     start: int
     stop: int
     free: int
     end: int
 
 
-def _blocks(state: ThoughtState, window: int | None, batch: int, heads: int, device: torch.device) -> Iterator[Block]:
-    restricted = window is not None or state.text_allowed_BT is not None
-    units = [(slice(0, batch), slice(0, heads))]
-    if device.type == "cpu":  # one head at a time keeps the scores in cache; a GPU wants everything at once
-        units = [(slice(b, b + 1), slice(g, g + 1)) for b in range(batch) for g in range(heads)]
-    for sequences, kv_heads in units:
-        for start in range(0, state.num_positions, BLOCK_POSITIONS):
-            stop = min(start + BLOCK_POSITIONS, state.num_positions)
-            if state.positions_BN is None:
-                yield Block(sequences, kv_heads, start, stop, 0 if restricted else start, stop)
-            else:
-                yield Block(sequences, kv_heads, start, stop, 0, state.num_text)
+def _blocks(ctx: Any, query_BGNQKRD: Tensor) -> Iterator[tuple[Block, tuple[Tensor, ...], Tensor]]:
+    """Every block with its operands and weights.
+
+    The operands are scaled queries (X, n, Q, K, R, D), text keys and values (X, W, D), own ones (X * n * Q, J, D).
+    """
+    reach: Reach = ctx.reach
+    batch, num_heads, _, num_q, k, r, size = query_BGNQKRD.shape
+    device, wide = query_BGNQKRD.device.type, torch.promote_types(query_BGNQKRD.dtype, torch.float32)
+    own = [x[:, :, :, :num_q, : ctx.num_own] for x in ctx.memory.own_BGNPJD]
+    num_batch = 1 if device == "cpu" else batch  # one sequence at a time stays in cache; a GPU wants all at once
+    scores_per_position = num_batch * num_heads * num_q * k * r * (reach.num_text + ctx.num_own)
+    num_block = max(8, BLOCK_SCORES.get(device, BLOCK_SCORES_ELSEWHERE) // scores_per_position)
+    for first in range(0, batch, num_batch):
+        sequences = slice(first, first + num_batch)
+        for start in range(0, reach.num_positions, num_block):
+            stop = min(start + num_block, reach.num_positions)
+            block = Block(sequences, start, stop, 0, reach.num_text)
+            if reach.positions_BN is None:
+                free = start if ctx.window is None and reach.text_allowed_BT is None else 0
+                block = Block(sequences, start, stop, free, stop)
+            at = (sequences, slice(None), slice(start, stop))
+            query = (query_BGNQKRD[at].to(wide) * ctx.scale).flatten(0, 1).contiguous()
+            text_parts = [x[sequences, :, : block.end].to(wide).flatten(0, 1) for x in ctx.memory.text_BGTD]
+            own_parts = [x[at].to(wide).reshape(-1, ctx.num_own, size) for x in own]
+            yield block, (query, *text_parts, *own_parts), _probs(block, query, text_parts[0], own_parts[0], ctx)
 
 
-def _probs(
-    block: Block, query: Tensor, text_key: Tensor, own_key: Tensor, state: ThoughtState, window: int | None
-) -> Tensor:
-    """Attention weights (X, rows, W + J) of a block, from scaled queries (X, n, P, K, R, D); rows are (n, P, K, R)."""
-    num_x, n, p, k, r, size = query.shape
-    num_own = own_key.shape[-2]
-    scores = query.new_empty(num_x, n * p * k * r, block.end + num_own)
-    text, own = scores[..., : block.end], scores[..., block.end :]
-    torch.bmm(query.reshape(num_x, -1, size), text_key.mT, out=text)
-    own.copy_((query.reshape(num_x * n * p, k * r, size) @ own_key.mT).view(num_x, -1, num_own))
-    slot_K = torch.arange(num_own - k, num_own, device=query.device)
+def _side_by_side(rows: Tensor, text: Tensor, own_rows: Tensor, own: Tensor) -> Tensor:
+    """[rows @ text^T | own_rows @ own^T] as one tensor (X, rows, W + J)."""
+    num_text, num_own = text.shape[1], own.shape[1]
+    result = rows.new_empty(*rows.shape[:2], num_text + num_own)
+    torch.bmm(rows, text.mT, out=result[..., :num_text])
+    result[..., num_text:] = (own_rows @ own.mT).view(*rows.shape[:2], num_own)
+    return result
+
+
+def _probs(block: Block, query: Tensor, text_key: Tensor, own_key: Tensor, ctx: Any) -> Tensor:
+    """Attention weights (X, rows, W + J) of a block, rows being (n, Q, K, R)."""
+    num_x, n, q, k, r, size = query.shape
+    scores = _side_by_side(query.flatten(1, 4), text_key, query.view(num_x * n * q, k * r, size), own_key)
+    slot_K = torch.arange(ctx.num_done, ctx.num_own, device=query.device)
     if block.free < block.end:
-        hidden = _hidden_text(block, state, window, slot_K)
-        view = text.view(hidden.shape[0], -1, n, p, k, r, block.end)[..., block.free :]
+        hidden = _hidden_text(block, ctx.reach, ctx.window, slot_K)
+        view = scores[..., block.free : block.end].view(hidden.shape[0], -1, n, q, k, r, block.end - block.free)
         view.masked_fill_(hidden, -torch.inf)
-    distance_KJ = slot_K[:, None] - torch.arange(num_own, device=query.device)
-    hidden_KJ = distance_KJ < 0 if window is None else (distance_KJ < 0) | (distance_KJ >= window)
-    own.view(num_x * n * p, k, r, num_own).masked_fill_(hidden_KJ[:, None], -torch.inf)
+    if k > 1 or ctx.window is not None:
+        distance_KJ = slot_K[:, None] - torch.arange(ctx.num_own, device=query.device)
+        hidden_KJ = distance_KJ < 0 if ctx.window is None else (distance_KJ < 0) | (distance_KJ >= ctx.window)
+        view = scores[..., block.end :].view(num_x, n * q, k, r, ctx.num_own)
+        view.masked_fill_(hidden_KJ[:, None], -torch.inf)
     return torch.softmax(scores, -1)
 
 
-def _hidden_text(block: Block, state: ThoughtState, window: int | None, slot_K: Tensor) -> Tensor:
+def _hidden_text(block: Block, reach: Reach, window: int | None, slot_K: Tensor) -> Tensor:
     """True where a text key is out of reach: (B or 1, 1, n, 1, K or 1, 1, W - free)."""
     index_W = torch.arange(block.free, block.end, device=slot_K.device)
-    if state.positions_BN is None:
+    if reach.positions_BN is None:
         position_Bn = torch.arange(block.start, block.stop, device=slot_K.device)[None]
     else:
-        position_Bn = state.positions_BN[block.batch, block.start : block.stop]
+        position_Bn = reach.positions_BN[block.batch, block.start : block.stop]
     position = position_Bn[:, None, :, None, None, None, None]
     hidden = index_W > position
     if window is not None:  # the distance that a plain run of [text .. position, thread] would have
         hidden = hidden | (position + 1 + slot_K[:, None, None] - index_W >= window)
-    if state.text_allowed_BT is not None:
-        hidden = hidden | ~state.text_allowed_BT[block.batch, None, None, None, None, None, block.free : block.end]
+    if reach.text_allowed_BT is not None:
+        hidden = hidden | ~reach.text_allowed_BT[block.batch, None, None, None, None, None, block.free : block.end]
     return hidden
 
 
-def _by_head(tensor: Tensor, num_heads: int) -> Tensor:
-    """(B, N, P, K, heads, D) -> a view (B, G, N, P, K, heads / G, D)."""
-    return tensor.unflatten(4, (num_heads, -1)).movedim(4, 1)
-
-
 def _per_thread(weights: Tensor, block: Block, query: Tensor) -> Tensor:
-    """The weights (or scores) of own keys, (X * n * P, K * R, J), out of those of a block."""
-    num_x, n, p, k, r, _ = query.shape
-    return weights[..., block.end :].reshape(num_x * n * p, k * r, -1)
-
-
-def _parts(ctx: Any, inputs: tuple[Tensor, ...]) -> Iterator[tuple[Block, tuple[Tensor, ...]]]:
-    """Every block with its scaled queries (X, n, P, K, R, D), text keys, values (X, W, D), own ones (X * n * P, J, D)."""
-    query, text_key, text_value, own_key, own_value = inputs
-    batch, _, num_heads, size = text_key.shape
-    wide = torch.promote_types(query.dtype, torch.float32)  # half precision would round the scores themselves
-    query, own_key, own_value = (_by_head(x, num_heads) for x in (query, own_key, own_value))
-    text_key, text_value = (x.transpose(1, 2) for x in (text_key, text_value))
-    for block in _blocks(ctx.state, ctx.window, batch, num_heads, query.device):
-        at = (block.batch, block.heads, slice(block.start, block.stop))
-        keys = (block.batch, block.heads, slice(0, block.end))
-        scaled = (query[at].to(wide) * ctx.scale).flatten(0, 1)
-        text = (x[keys].to(wide).flatten(0, 1) for x in (text_key, text_value))
-        own = (x[at].to(wide).reshape(-1, x.shape[4], size) for x in (own_key, own_value))
-        yield block, (scaled, *text, *own)
-
-
-class ThreadAttention(torch.autograd.Function):
-    """Attention of thread tokens; saves only its inputs and recomputes the weights of a block in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_BNPKHD: Tensor,
-        text_key_BTGD: Tensor,
-        text_value_BTGD: Tensor,
-        own_key_BNPJGD: Tensor,
-        own_value_BNPJGD: Tensor,
-        state: ThoughtState,
-        window: int | None,
-        scale: float,
-    ) -> Tensor:
-        inputs = (query_BNPKHD, text_key_BTGD, text_value_BTGD, own_key_BNPJGD, own_value_BNPJGD)
-        ctx.save_for_backward(*inputs)
-        # the state moves on with later passes; what the backward pass needs of it stands still in a copy
-        ctx.state = ThoughtState(state.num_text, state.num_thoughts, state.text_allowed_BT, state.positions_BN)
-        reach = state.num_text + own_key_BNPJGD.shape[3]
-        ctx.window = None if window is None or window >= reach else window
-        ctx.scale = scale
-        output_BNPKHD = torch.empty_like(query_BNPKHD, memory_format=torch.contiguous_format)
-        output = _by_head(output_BNPKHD, text_key_BTGD.shape[2])
-        for block, parts in _parts(ctx, inputs):
-            query, text_key, text_value, own_key, own_value = parts
-            probs = _probs(block, query, text_key, own_key, ctx.state, ctx.window)
-            text = probs[..., : block.end] @ text_value
-            own = _per_thread(probs, block, query) @ own_value
-            part = output[block.batch, block.heads, block.start : block.stop]
-            part.copy_((text.view(query.shape) + own.view(query.shape)).view(part.shape))
-        return output_BNPKHD
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        num_heads = inputs[1].shape[2]
-        wide = torch.promote_types(inputs[0].dtype, torch.float32)
-        results = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in inputs]
-        d_query, d_own_key, d_own_value = (_by_head(results[i], num_heads) for i in (0, 3, 4))
-        d_text_key, d_text_value = (results[i].transpose(1, 2) for i in (1, 2))
-        d_output = _by_head(grads[0], num_heads)
-        for block, parts in _parts(ctx, inputs):
-            query, text_key, text_value, own_key, own_value = parts
-            rows, threads = (query.shape[0], -1, query.shape[-1]), (-1, *query.shape[3:])
-            at = (block.batch, block.heads, slice(block.start, block.stop))
-            keys = (block.batch, block.heads, slice(0, block.end))
-            d_out = d_output[at].to(wide).reshape(rows)
-            d_own_out, own_query = (x.reshape(threads).flatten(1, 2) for x in (d_out, query))
-            probs = _probs(block, query, text_key, own_key, ctx.state, ctx.window)
-            own_probs = _per_thread(probs, block, query)
-            d_text_value[keys] += (probs[..., : block.end].mT @ d_out).view_as(d_text_value[keys])
-            d_own_value[at] = (own_probs.mT @ d_own_out).view(d_own_value[at].shape)
-            d_probs = torch.empty_like(probs)
-            torch.bmm(d_out, text_value.mT, out=d_probs[..., : block.end])
-            d_probs[..., block.end :].copy_((d_own_out @ own_value.mT).view(*probs.shape[:2], -1))
-            d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype)
-            own_scores = _per_thread(d_scores, block, query)
-            d_rows = (d_scores[..., : block.end] @ text_key).view(query.shape)
-            d_rows += (own_scores @ own_key).view(query.shape)
-            d_query[at] = (d_rows * ctx.scale).view(d_query[at].shape)
-            d_text_key[keys] += (d_scores[..., : block.end].mT @ query.reshape(rows)).view_as(d_text_key[keys])
-            d_own_key[at] = (own_scores.mT @ own_query).view(d_own_key[at].shape)
-        return *(g.to(x.dtype) for g, x in zip(results, inputs, strict=True)), None, None, None
+    """The weights (or scores) of own keys, (X * n * Q, K * R, J), out of those of a block."""
+    num_x, n, q, k, r, _ = query.shape
+    return weights[..., block.end :].reshape(num_x * n * q, k * r, -1)

@@ -21,11 +21,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from retrace.papers.quietstar.attention import ThoughtState, install, run_trunk
+from retrace.papers.quietstar.attention import Reach, ThoughtState, install, run_trunk
 from retrace.papers.quietstar.config import ThoughtConfig
 from retrace.papers.quietstar.losses import sample_tokens, scaled_logits
 from retrace.papers.quietstar.mixing import MixingHead
-from retrace.papers.quietstar.objective import Targets, ThoughtOutput, plain_objective, thought_objective
+from retrace.papers.quietstar.objective import (
+    Targets,
+    Thinking,
+    ThoughtOutput,
+    mix,
+    plain_objective,
+    thought_objective,
+)
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,7 @@ class ThoughtModel(nn.Module):
         self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None, *, generator: torch.Generator
     ) -> ThoughtOutput:
         """Sample thoughts and score them: one training step's loss. `attention_mask_BT` is 1 at real tokens."""
-        thoughts_BPTM = self.sample(input_ids_BT, attention_mask_BT, generator=generator)
-        return self.loss(input_ids_BT, attention_mask_BT, thoughts_BPTM)
+        return self._loss(self._text(input_ids_BT, attention_mask_BT), None, generator)
 
     @torch.no_grad()
     def sample(
@@ -93,32 +99,30 @@ class ThoughtModel(nn.Module):
         batch, num_text = input_ids_BT.shape
         if self.config.num_sampled == 0:
             return input_ids_BT.new_empty(batch, self.config.num_thoughts, num_text, 0)
-        text = self._text(input_ids_BT, attention_mask_BT, num_thoughts=self.config.num_thoughts, keep=True)
-        thoughts_BNPM, _ = self._think(text, generator)
-        return thoughts_BNPM.transpose(1, 2)
+        thinking = self._think(self._text(input_ids_BT, attention_mask_BT), generator)
+        return thinking.thoughts_BNPM.transpose(1, 2)
 
     def loss(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, thoughts_BPTM: Tensor) -> ThoughtOutput:
-        """The loss of given thoughts in one differentiable pass. Raises ValueError for sequences that are too short."""
-        config, num_text = self.config, input_ids_BT.shape[1]
+        """The loss of given thoughts. Raises ValueError for sequences that are too short."""
+        return self._loss(self._text(input_ids_BT, attention_mask_BT), thoughts_BPTM.transpose(1, 2), None)
+
+    def _loss(self, text: _Text, thoughts_BTPM: Tensor | None, generator: torch.Generator | None) -> ThoughtOutput:
+        config, num_text = self.config, text.input_ids_BT.shape[1]
         num_true = config.num_true if config.num_sampled else 1
         if num_text < num_true + 2:
             raise ValueError(
                 f"sequences have {num_text} tokens, but num_true={config.num_true} needs at least "
                 f"{num_true + 2}: use longer sequences or a smaller num_true"
             )
-        text = self._text(input_ids_BT, attention_mask_BT, num_thoughts=config.num_thoughts)
-        targets = Targets.of(input_ids_BT, text.real_BT, num_true)
+        targets = Targets.of(text.input_ids_BT, text.real_BT, num_true)
         if config.num_sampled == 0:
-            base_BTC = self._run(text, None, with_text=True)
-            loss, _ = plain_objective(base_BTC, weight_VC=self._vocabulary, targets=targets, scale=1.0)
+            loss, _ = plain_objective(self._read(text), weight_VC=self._vocabulary, targets=targets, scale=1.0)
             return ThoughtOutput(loss, {"loss/total": loss.detach(), "loss/base": loss.detach()})
-        thoughts_BTPM = thoughts_BPTM.transpose(1, 2)
-        hidden_BLC = self._run(text, self._thread_embeddings(text, thoughts_BTPM), with_text=True)
+        thinking = self._think(text, generator, thoughts_BTPM)
         return thought_objective(
             config,
-            base_BTC=hidden_BLC[:, :num_text],
-            threads_BTPKC=hidden_BLC[:, num_text:].unflatten(1, (num_text, config.num_thoughts, -1)),
-            thoughts_BTPM=thoughts_BTPM,
+            thinking=thinking,
+            after_BTPSC=self._speak(text, thinking, num_true)[:, :, :, -num_true:],
             targets=targets,
             weight_VC=self._vocabulary,
             mixing_head=self.mixing_head,
@@ -139,34 +143,27 @@ class ThoughtModel(nn.Module):
 
         `hidden_token_ids` are kept out of thoughts only: predictions are over the whole vocabulary.
         """
-        text = self._text(
-            input_ids_BT, attention_mask_BT, num_thoughts=num_thoughts, positions_BN=positions_BN, keep=True
-        )
-        rows = torch.arange(len(positions_BN), device=positions_BN.device)[:, None]
+        text = self._text(input_ids_BT, attention_mask_BT, num_thoughts=num_thoughts, positions_BN=positions_BN)
         if self.config.num_sampled == 0:
-            base_BNV = self._log_probs(self._run(text, None, with_text=True)[rows, positions_BN])
+            base_BNV = self._log_probs(text.at_positions(self._read(text)))
             thoughts = positions_BN.new_empty(len(positions_BN), num_thoughts, positions_BN.shape[1], 0)
             return Prediction(base_BNV, base_BNV, base_BNV.new_zeros(positions_BN.shape), thoughts)
-        thoughts_BNPM, base_BTC = self._think(text, generator)
-        last = [self._embed(thoughts_BNPM[..., -1:])]
-        if self.end_embedding is not None:
-            last.append(self.end_embedding.expand_as(last[0]))
-        after_BNPC = self._run(text, torch.cat(last, 3)).unflatten(1, (*thoughts_BNPM.shape[1:3], -1))[:, :, :, -1]
-        before_BNPC = base_BTC[rows, positions_BN][:, :, None].expand_as(after_BNPC)
-        weight, mixed_BNPC = after_BNPC.new_ones(*after_BNPC.shape[:-1], 1), after_BNPC
-        if self.mixing_head is not None:
-            weight = self.mixing_head(before_BNPC, after_BNPC)
-            mixed_BNPC = before_BNPC + weight * (after_BNPC - before_BNPC)
-        mixed_BNV = self._log_probs(mixed_BNPC).logsumexp(2) - math.log(num_thoughts)
-        base_BNV = self._log_probs(before_BNPC[:, :, 0])
-        return Prediction(base_BNV, mixed_BNV, weight[..., 0].mean(-1), thoughts_BNPM.transpose(1, 2))
+        thinking = self._think(text, generator)
+        after_BNPC = self._speak(text, thinking, 1)[:, :, :, -1]
+        before_BNPC = text.at_positions(thinking.base_BTC)[:, :, None].expand_as(after_BNPC)
+        mixed_BNPC, weight_BNP = mix(self.mixing_head, before_BNPC, after_BNPC)
+        return Prediction(
+            base_BNV=self._log_probs(before_BNPC[:, :, 0]),
+            mixed_BNV=self._log_probs(mixed_BNPC).logsumexp(2) - math.log(num_thoughts),
+            weight_BN=weight_BNP.mean(-1),
+            thoughts_BPNM=thinking.thoughts_BNPM.transpose(1, 2),
+        )
 
     @torch.no_grad()
     def predict_base(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, positions_BN: Tensor) -> Tensor:
         """Next-token log-probabilities after chosen positions without thinking (B, N, V): `Prediction.base_BNV`."""
-        text = self._text(input_ids_BT, attention_mask_BT, num_thoughts=1)
-        rows = torch.arange(len(positions_BN), device=positions_BN.device)[:, None]
-        return self._log_probs(self._run(text, None, with_text=True)[rows, positions_BN])
+        text = self._text(input_ids_BT, attention_mask_BT, num_thoughts=1, positions_BN=positions_BN)
+        return self._log_probs(text.at_positions(self._read(text)))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter once, under "trunk", "mixing_head" or "meta" (START and END); groups without any are left out.
@@ -200,88 +197,80 @@ class ThoughtModel(nn.Module):
         input_ids_BT: Tensor,
         attention_mask_BT: Tensor | None,
         *,
-        num_thoughts: int,
+        num_thoughts: int | None = None,
         positions_BN: Tensor | None = None,
-        keep: bool = False,
     ) -> _Text:
         """The text with its padding: where RoPE counts from, and whether attention has to be told of it."""
         config, real_BT = self.config, torch.ones_like(input_ids_BT, dtype=torch.bool)
         if attention_mask_BT is not None:
             real_BT = attention_mask_BT.bool()
         late = bool((real_BT[:, 1:] > real_BT[:, :-1]).any())  # padding before real text: causality does not hide it
+        num_slots = config.use_start + config.num_sampled + config.use_end + config.num_true - 1
         state = ThoughtState(
-            num_text=input_ids_BT.shape[1],
-            num_thoughts=num_thoughts,
-            text_allowed_BT=real_BT if late else None,
-            positions_BN=positions_BN,
-            num_kept_slots=config.use_start + config.num_sampled + config.use_end if keep else 0,
+            Reach(input_ids_BT.shape[1], real_BT if late else None, positions_BN),
+            num_thoughts=config.num_thoughts if num_thoughts is None else num_thoughts,
+            num_slots=num_slots if config.num_sampled else 0,
         )
         return _Text(input_ids_BT, real_BT, (real_BT.cumsum(1) - 1).clamp(min=0), state)
 
-    def _run(self, text: _Text, threads_BNPKC: Tensor | None, *, with_text: bool = False) -> Tensor:
-        """One pass over [text | threads]; hidden states (B, L, C)."""
-        embeds, ids = [], []
-        if with_text:
-            embeds, ids = [self._embed(text.input_ids_BT)], [text.position_ids_BT]
-        num_new = 0
-        if threads_BNPKC is not None:
-            num_new = threads_BNPKC.shape[3]
-            steps_K = torch.arange(1, num_new + 1, device=threads_BNPKC.device) + text.state.num_done
-            at_BN = text.position_ids_BT
-            if text.state.positions_BN is not None:
-                at_BN = at_BN.gather(1, text.state.positions_BN)
-            slots = (at_BN[:, :, None, None] + steps_K).expand(threads_BNPKC.shape[:-1])
-            embeds.append(threads_BNPKC.flatten(1, 3))
-            ids.append(slots.flatten(1))
-        return run_trunk(
-            self.trunk,
-            torch.cat(embeds, 1),
-            position_ids_BL=torch.cat(ids, 1),
-            state=text.state,
-            with_text=with_text,
-            num_new=num_new,
-        )
+    def _read(self, text: _Text) -> Tensor:
+        """Hidden states (B, T, C) of the text alone."""
+        embeds_BTC = self._embed(text.input_ids_BT)
+        return run_trunk(self.trunk, embeds_BTC, position_ids_BL=text.position_ids_BT, state=text.state, num_new=0)
 
-    def _think(self, text: _Text, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Sample thoughts (B, N, P, M) token by token; also the text's hidden states. The last token is not fed yet."""
-        base_BTC = self._run(text, None, with_text=True)
-        rows = torch.arange(len(base_BTC), device=base_BTC.device)[:, None]
-        positions_BN = text.state.positions_BN
-        hidden = (base_BTC if positions_BN is None else base_BTC[rows, positions_BN])[:, :, None]
+    def _continue(self, text: _Text, tokens_BNQKC: Tensor) -> Tensor:
+        """Feed every thread its next K tokens; their hidden states (B, N, Q, K, C)."""
+        shape = tokens_BNQKC.shape
+        steps_K = torch.arange(1, shape[3] + 1, device=tokens_BNQKC.device) + text.state.num_done
+        position_ids = text.at_positions(text.position_ids_BT)[:, :, None, None] + steps_K
+        hidden_BLC = run_trunk(
+            self.trunk,
+            tokens_BNQKC.flatten(1, 3),
+            position_ids_BL=position_ids.expand(shape[:-1]).flatten(1),
+            state=text.state,
+            num_new=shape[3],
+        )
+        return hidden_BLC.view(shape)
+
+    def _think(self, text: _Text, generator: torch.Generator | None, thoughts_BNPM: Tensor | None = None) -> Thinking:
+        """Read the text, then sample thoughts token by token, or follow given ones. The last token is not fed yet."""
+        base_BTC = self._read(text)
+        hidden_BNQC = text.at_positions(base_BTC)[:, :, None]
         if self.start_embedding is not None:  # one START serves all thoughts of a position
-            start = self.start_embedding.expand(*hidden.shape[:2], 1, 1, -1)
-            hidden = self._run(text, start).unflatten(1, hidden.shape[1:3])
-        tokens: list[Tensor] = []
+            start = self.start_embedding.expand(*hidden_BNQC.shape[:2], 1, 1, -1)
+            hidden_BNQC = self._continue(text, start)[:, :, :, 0]
+        before, tokens = [hidden_BNQC], []
         for step in range(self.config.num_sampled):
             if step > 0:
-                shape = tokens[-1].shape
-                hidden = self._run(text, self._embed(tokens[-1])[:, :, :, None]).unflatten(1, shape[1:])
-            tokens.append(
-                sample_tokens(
-                    hidden,
-                    weight_VC=self._vocabulary,
-                    num_thoughts=text.state.num_thoughts,
-                    temperature=self.config.sample_temperature,
-                    blocked=self.blocked,
-                    generator=generator,
-                )
-            )
-        return torch.stack(tokens, -1), base_BTC
+                before.append(self._continue(text, self._embed(tokens[-1])[:, :, :, None])[:, :, :, 0])
+            if thoughts_BNPM is None:
+                tokens.append(self._sample_next(before[-1], text.state.num_thoughts, generator))
+            else:
+                tokens.append(thoughts_BNPM[..., step])
+        return Thinking(base_BTC, before, torch.stack(tokens, -1))
 
-    def _thread_embeddings(self, text: _Text, thoughts_BTPM: Tensor) -> Tensor:
-        """[START, sampled tokens, END, the S - 1 true tokens after the position] of every thread, (B, T, P, K, C)."""
-        num_true, num_thoughts = self.config.num_true, thoughts_BTPM.shape[2]
-        true_BTS = F.pad(text.input_ids_BT, (0, num_true - 1)).unfold(1, num_true, 1)[..., 1:]
-        parts = [
-            self._embed(thoughts_BTPM),
-            self._embed(true_BTS)[:, :, None].expand(-1, -1, num_thoughts, -1, -1),
-        ]
-        meta_shape = (*thoughts_BTPM.shape[:3], 1, -1)
+    @torch.no_grad()
+    def _sample_next(self, hidden_BNQC: Tensor, num_thoughts: int, generator: torch.Generator | None) -> Tensor:
+        return sample_tokens(
+            hidden_BNQC,
+            weight_VC=self._vocabulary,
+            num_thoughts=num_thoughts,
+            temperature=self.config.sample_temperature,
+            blocked=self.blocked,
+            generator=generator,
+        )
+
+    def _speak(self, text: _Text, thinking: Thinking, num_true: int) -> Tensor:
+        """Feed the last sampled token, END and the true tokens but the last; their hidden states (B, N, P, K, C)."""
+        last_BNPC = self._embed(thinking.thoughts_BNPM[..., -1])
+        parts = [last_BNPC[:, :, :, None]]
         if self.end_embedding is not None:
-            parts.insert(1, self.end_embedding.expand(meta_shape))
-        if self.start_embedding is not None:
-            parts.insert(0, self.start_embedding.expand(meta_shape))
-        return torch.cat(parts, 3)
+            parts.append(self.end_embedding.expand_as(parts[0]))
+        if num_true > 1:
+            true_BTS = F.pad(text.input_ids_BT, (0, num_true - 1)).unfold(1, num_true, 1)[..., 1:]
+            true_BTSC = self._embed(true_BTS)
+            parts.append(true_BTSC[:, :, None].expand(-1, -1, last_BNPC.shape[2], -1, -1))
+        return self._continue(text, torch.cat(parts, 3))
 
 
 @dataclass
@@ -290,6 +279,13 @@ class _Text:
     real_BT: Tensor
     position_ids_BT: Tensor
     state: ThoughtState
+
+    def at_positions(self, values_BT: Tensor) -> Tensor:
+        """The values (B, T, ...) at the positions that think, (B, N, ...)."""
+        positions_BN = self.state.reach.positions_BN
+        if positions_BN is None:
+            return values_BT
+        return values_BT[torch.arange(len(values_BT), device=values_BT.device)[:, None], positions_BN]
 
 
 def save_weights(module: nn.Module, path: Path) -> None:

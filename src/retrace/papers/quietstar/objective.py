@@ -1,7 +1,7 @@
 """The loss of one training step, given the hidden states of text and threads (specification 1.2).
 
 Shapes: B sequences, T text tokens, N = T - 1 positions with a next token, P thoughts per position, M sampled tokens,
-K thread tokens (START, sampled, END, S - 1 true ones), S true tokens scored, C hidden size, V vocabulary.
+S true tokens scored, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,6 +23,15 @@ class ThoughtOutput:
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """The text's hidden states, those that each sampled token was drawn from (M times (B, T, P or 1, C)), the tokens."""
+
+    base_BTC: Tensor
+    before: list[Tensor]
+    thoughts_BNPM: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,43 +65,49 @@ def plain_objective(base_BTC: Tensor, *, weight_VC: Tensor, targets: Targets, sc
     return loss, nll_R.view(batch, num_positions)
 
 
+def mix(mixing_head: MixingHead | None, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states between those without and with a thought, and the weight of the latter; 1 without a head."""
+    if mixing_head is None:
+        return after, after.new_ones(after.shape[:-1])
+    weight = mixing_head(before, after)
+    return before + weight * (after - before), weight[..., 0]
+
+
 def thought_objective(
     config: ThoughtConfig,
     *,
-    base_BTC: Tensor,
-    threads_BTPKC: Tensor,
-    thoughts_BTPM: Tensor,
+    thinking: Thinking,
+    after_BTPSC: Tensor,
     targets: Targets,
     weight_VC: Tensor,
     mixing_head: MixingHead | None,
     blocked: Tensor,
 ) -> ThoughtOutput:
-    """0.5 * base NLL + 0.5 * mean talk NLL + policy weight * REINFORCE, with the config's weights."""
+    """0.5 * base NLL + 0.5 * mean talk NLL + policy weight * REINFORCE, with the config's weights.
+
+    `after_BTPSC` are the hidden states that predict the S true tokens after each position's thoughts.
+    """
+    base_BTC, num_true = thinking.base_BTC, config.num_true
     base_loss, base_nll_BN = plain_objective(
         base_BTC, weight_VC=weight_VC, targets=targets, scale=config.base_loss_weight
     )
-    num_true = config.num_true
-    after_BNPSC = threads_BTPKC[:, :-1, :, -num_true:]
+    after_BNPSC = after_BTPSC[:, :-1]
     before_BNPSC = F.pad(base_BTC[:, :-1], (0, 0, 0, num_true - 1)).unfold(1, num_true, 1).mT[:, :, None]
-    before_BNPSC = before_BNPSC.expand_as(after_BNPSC)
-    mixed_BNPSC, mixing_weight = after_BNPSC, after_BNPSC.new_ones(after_BNPSC.shape[:-1])
-    if mixing_head is not None:
-        weight = mixing_head(before_BNPSC, after_BNPSC)
-        mixed_BNPSC, mixing_weight = before_BNPSC + weight * (after_BNPSC - before_BNPSC), weight[..., 0]
+    mixed_BNPSC, mixing_weight = mix(mixing_head, before_BNPSC.expand_as(after_BNPSC), after_BNPSC)
     mean_BNPS = (targets.mean_weight(_wide(base_BTC)) / (num_true * config.num_thoughts))[:, :, None]
     mean_BNPS = mean_BNPS.expand(mixing_weight.shape)
     talk_loss, talk_nll = _talk_nll(mixed_BNPSC, config.talk_loss_weight * mean_BNPS, targets, weight_VC)
     reward_nll = talk_nll
     if config.reward == "thought" and mixing_head is not None:
         reward_nll = _talk_nll(after_BNPSC.detach(), mean_BNPS, targets, weight_VC.detach())[1]
-    reward_BNP = _reward(base_nll_BN, reward_nll, targets)
+    reward_BIP = _reward(base_nll_BN, reward_nll, targets)
     loss, metrics = base_loss + talk_loss, _metrics(base_nll_BN, talk_nll, mean_BNPS, mixing_weight, targets)
     if config.policy_weight > 0:
-        policy_loss = _policy_loss(config, reward_BNP, base_BTC, threads_BTPKC, thoughts_BTPM, weight_VC, blocked)
+        policy_loss = _policy_loss(config, reward_BIP, thinking, weight_VC, blocked)
         loss = loss + config.policy_weight * policy_loss
         metrics["loss/policy"] = policy_loss.detach()
-    scored_BNP = targets.valid_BNS[:, : reward_BNP.shape[1], :1].expand_as(reward_BNP)
-    return ThoughtOutput(loss, {"loss/total": loss.detach(), **metrics, **_reward_metrics(reward_BNP[scored_BNP])})
+    scored_BIP = targets.valid_BNS[:, : reward_BIP.shape[1], :1].expand_as(reward_BIP)
+    return ThoughtOutput(loss, {"loss/total": loss.detach(), **metrics, **_reward_metrics(reward_BIP[scored_BIP])})
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -114,9 +129,9 @@ def _talk_nll(
 
 
 def _reward(base_nll_BN: Tensor, talk_nll_BNPS: Tensor, targets: Targets) -> Tensor:
-    """Summed gain over the base prediction, (B, N + 1 - S - 1, P), in nats: only positions with all S targets.
+    """Summed gain over the base prediction, (B, I, P), in nats, at the I = T - 1 - S first positions.
 
-    The official code stops one position before the last that has them all; so do we.
+    One more position has all S targets; the official code leaves it out, and so do we.
     """
     num_true = talk_nll_BNPS.shape[-1]
     num_columns = base_nll_BN.shape[1] - num_true
@@ -126,26 +141,18 @@ def _reward(base_nll_BN: Tensor, talk_nll_BNPS: Tensor, targets: Targets) -> Ten
 
 
 def _policy_loss(
-    config: ThoughtConfig,
-    reward_BNP: Tensor,
-    base_BTC: Tensor,
-    threads_BTPKC: Tensor,
-    thoughts_BTPM: Tensor,
-    weight_VC: Tensor,
-    blocked: Tensor,
+    config: ThoughtConfig, reward_BIP: Tensor, thinking: Thinking, weight_VC: Tensor, blocked: Tensor
 ) -> Tensor:
     """-mean(advantage * log p(sampled token)) over tokens, thoughts and positions; logits only where it is not 0."""
-    advantage_BNP = advantage(reward_BNP, baseline=config.baseline, positive_only=config.positive_only)
-    num_sampled = config.num_sampled
-    at = advantage_BNP.nonzero(as_tuple=True)  # the reward's columns are the first positions, so `at` fits the threads
-    hidden_ZMC = threads_BTPKC[:, :, :, :num_sampled][at]
-    if not config.use_start:  # the first sampled token comes from the text itself, not from START
-        hidden_ZMC = torch.cat([base_BTC[at[:2]][:, None], hidden_ZMC[:, : num_sampled - 1]], 1)
-    coefficient_Z = advantage_BNP[at] / (advantage_BNP.numel() * num_sampled)
+    advantage_BIP = advantage(reward_BIP, baseline=config.baseline, positive_only=config.positive_only)
+    num_thoughts, num_sampled = advantage_BIP.shape[-1], config.num_sampled
+    at = advantage_BIP.nonzero(as_tuple=True)  # the reward's columns are the first positions, so `at` fits all of them
+    hidden_ZMC = torch.stack([h.expand(-1, -1, num_thoughts, -1)[at] for h in thinking.before], 1)
+    coefficient_Z = advantage_BIP[at] / (advantage_BIP.numel() * num_sampled)
     loss, _ = weighted_cross_entropy(
         hidden_ZMC.flatten(0, 1),
         weight_VC=weight_VC,
-        target_R=thoughts_BTPM[at].flatten(),
+        target_R=thinking.thoughts_BNPM[at].flatten(),
         coefficient_R=coefficient_Z[:, None].expand(-1, num_sampled).flatten(),
         temperature=config.policy_temperature,
         blocked=blocked,
