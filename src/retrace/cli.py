@@ -8,7 +8,6 @@ import shlex
 import sys
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +30,7 @@ console = Console(width=None if sys.stdout.isatty() else 140)  # a pipe has no w
 Words = Annotated[
     list[str],
     typer.Argument(
-        help="Targets (a paper, paper/ablation or paper/main) and Hydra overrides: scale=smoke seed=0,1 thoughts.num_true=2",
+        help="Targets (a paper, paper/ablation, paper/main) and Hydra overrides: scale=smoke seed=0,1",
         show_default=False,
     ),
 ]
@@ -79,7 +78,8 @@ def sweep(specs: list[RunSpec]) -> int:
     """Carry out runs on this machine; exit code 0, or 1 when some failed or were stopped."""
     from retrace.core import planview
     from retrace.core.launch import Local
-    from retrace.core.progress import SweepProgress, duration
+    from retrace.core.progress import SweepProgress
+    from retrace.core.units import duration
 
     store = Store()
     command = shlex.join(["retrace", *sys.argv[1:]])
@@ -136,12 +136,7 @@ def main() -> None:
     """Entry point: bad input is one sentence and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(130)
+        app()
     except ValueError as error:
         if os.environ.get("RETRACE_TRACEBACK"):
             raise

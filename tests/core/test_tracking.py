@@ -46,7 +46,9 @@ def wandb_records(path: Path) -> Iterator[Any]:
 def test_wandb_offline_files_hold_run_id_group_config_and_metrics(home: Path, retrace: Run) -> None:
     assert retrace("run", "quietstar/thoughts", *OFFLINE).returncode == 0
     store = Store(home)
-    spec = next(s for s in plan(["quietstar/thoughts"], OFFLINE) if "thoughts/thoughts/s0" in s.labels and s.program == "train")
+    spec = next(
+        s for s in plan(["quietstar/thoughts"], OFFLINE) if "thoughts/thoughts/s0" in s.labels and s.program == "train"
+    )
     (path,) = store.run(spec.id).path.glob("wandb/offline-run-*/*.wandb")
     found = list(wandb_records(path))
     (run,) = (record.run for record in found if record.HasField("run"))

@@ -219,7 +219,8 @@ def _arm(claim: Claim, arm: str, metric: str, samples: Samples) -> ArmSamples:
     found = samples.values(claim.ablation, arm, metric)
     trouble = samples.trouble(claim.ablation, arm)
     seeds = {seed for other, _ in claim.cells for seed in samples.chains.get(claim.ablation, {}).get(other, {})}
-    missing = {seed: trouble.get(seed, f"no {metric} on record") for seed in sorted(seeds - found.keys())}
+    lacking = sorted((seeds | trouble.keys()) - found.keys())
+    missing = {seed: trouble.get(seed, f"no {metric} on record") for seed in lacking}
     return ArmSamples(arm, metric, found, missing)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Scale = Literal["smoke", "laptop", "gpu", "paper"]
@@ -106,7 +107,7 @@ def suggest(word: str, known: Sequence[str]) -> str:
 
 
 def data_root() -> Path | None:
-    """The folder of local datasets, from RETRACE_DATA; None where it is not set. Raises ValueError if it is no folder."""
+    """The folder of local datasets that RETRACE_DATA names, or None; raises ValueError where it is no folder."""
     value = os.environ.get("RETRACE_DATA")
     if not value:
         return None
@@ -119,3 +120,14 @@ def data_root() -> Path | None:
 def papers() -> list[str]:
     """Slugs of the papers: the folders of configs/ that hold a main.yaml."""
     return sorted(path.parent.name for path in CONFIGS.glob("*/main.yaml"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a dict, or a ValueError that names the file and the place."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    return tree

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from retrace.core.config import Hardware, Tracking, data_root, papers
-from retrace.core.plan import load_ablations, read_yaml
+from retrace.core.config import Hardware, Tracking, data_root, papers, read_yaml
+from retrace.core.plan import load_ablations
 from retrace.core.provenance import processor
 from retrace.core.tracking import wandb_mode
 
@@ -50,8 +50,10 @@ def _checks(home: Path, configs: Path) -> Iterator[Check]:
     yield os.access(home, os.W_OK), f"{home} can be written", "set RETRACE_HOME to a folder of yours"
     try:
         data = data_root()
-        yield (True if data else None), f"local datasets: {data or 'RETRACE_DATA is not set'}", (
-            "only for real GSM8K and CommonsenseQA: set RETRACE_DATA to a folder with gsm8k/ and commonsense_qa/"
+        yield (
+            (True if data else None),
+            f"local datasets: {data or 'RETRACE_DATA is not set'}",
+            ("only for real GSM8K and CommonsenseQA: set RETRACE_DATA to a folder with gsm8k/ and commonsense_qa/"),
         )
     except ValueError as error:
         yield False, str(error), ""

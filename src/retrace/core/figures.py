@@ -187,7 +187,7 @@ def _bar(verdict: Verdict, left: float, middle: float, width: float) -> Iterator
 
 def forest_figure(verdicts: Sequence[Verdict]) -> Figure:
     """All verdicts in one picture, for pages that can't hold drawings in a table."""
-    row, width = 52.0, 860.0
+    row, width = 56.0, 860.0
 
     def draw() -> Iterator[str]:
         yield text(438, 14, "against the claim", "tick", anchor="end")
@@ -195,13 +195,14 @@ def forest_figure(verdicts: Sequence[Verdict]) -> Figure:
         for index, verdict in enumerate(verdicts):
             top = 24 + index * row
             yield line(0, top, width, top, "grid")
-            for number_, words in enumerate(textwrap.wrap(verdict.claim.says, 44)[:2]):
-                yield text(2, top + 22 + 16 * number_, words, "title")
+            says = textwrap.wrap(verdict.claim.says, 46, max_lines=3, placeholder=" \u2026")
+            for rank, words in enumerate(says):
+                yield text(2, top + row / 2 + 4 + 15.5 * (rank - (len(says) - 1) / 2), words, "strong")
             yield from _bar(verdict, 310, top + row / 2, 280)
-            yield text(612, top + 23, verdict.outcome, "title")
-            yield text(612, top + 40, shorten(_numbers(verdict), 44), "tick")
+            yield text(612, top + row / 2 - 4, verdict.outcome, "title")
+            yield text(612, top + row / 2 + 13, shorten(_numbers(verdict), 44), "tick")
 
-    spoken = "; ".join(f"{verdict.claim.says}: {verdict.outcome}" for verdict in verdicts)
+    spoken = "; ".join(f"{verdict.claim.says.rstrip('.')}: {verdict.outcome}" for verdict in verdicts)
     height = 26 + row * len(verdicts)
     return figure("verdicts", f"Verdicts. {spoken}.", width=width, height=height, parts=draw())
 

@@ -1,7 +1,7 @@
 """The identity of a run: a hash of everything that can change one of its numbers, and of nothing else.
 
-The hash covers paper, recipe, program, scale, the program's scientific config and the ids of the runs it builds on, so a
-base model that many arms share is one run, and a change in it renames all that follow. Placement is never covered.
+The hash covers paper, recipe, program, scale, the program's scientific config and the ids of the runs it builds on.
+So a base model that many arms share is one run, and a change in it renames all that follow. Placement is never covered.
 """
 
 from __future__ import annotations

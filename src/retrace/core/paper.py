@@ -57,7 +57,7 @@ class Paper:
     config: type[Experiment]
     stages: Callable[[Any], Stage]
     programs: Mapping[str, Program]
-    check: Callable[[Any], None] = lambda config: None
+    check: Callable[[Any], None] | None = None
 
 
 def load_paper(slug: str) -> Paper:

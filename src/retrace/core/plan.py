@@ -11,13 +11,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
 from pydantic import Field, model_validator
 
 from retrace.core.compose import compose, expand_sweep, override_key
-from retrace.core.config import CONFIGS, Experiment, Frozen, Hardware, Tracking, suggest, validate
+from retrace.core.config import CONFIGS, Experiment, Frozen, Hardware, Tracking, read_yaml, suggest, validate
 from retrace.core.identity import run_id
 from retrace.core.paper import Paper, Stage, load_paper
 
@@ -57,17 +55,6 @@ class RunSpec:
     labels: tuple[str, ...]  # "<ablation>/<arm>/s<seed>": who asked for this run; no part of its identity
     hardware: Hardware
     tracking: Tracking
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a dict, or a ValueError that names the file and the place."""
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected keys and values, found {type(tree).__name__}")
-    return tree
 
 
 def load_ablations(paper: str) -> dict[str, Ablation]:
@@ -111,7 +98,7 @@ def plan(targets: Sequence[str], overrides: Sequence[str] = (), *, check: bool =
             for arm, seed, lines in _arms(ablation, sweep):
                 label = f"{ablation.name}/{arm}/s{seed}"
                 experiment = _compose(paper, ablation, lines)
-                if check:
+                if check and paper.check is not None:
                     paper.check(experiment)
                 for spec in _runs(paper, experiment, label):
                     known = specs.get(spec.id)

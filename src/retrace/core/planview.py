@@ -10,8 +10,8 @@ from rich.table import Table
 from retrace.core.cost import Cost, expected_seconds_of, makespan, measured_rates
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
-from retrace.core.progress import duration
 from retrace.core.store import State, Store
+from retrace.core.units import duration, si
 
 
 def cost_of(spec: RunSpec) -> Cost:
@@ -29,14 +29,6 @@ def expected_seconds(specs: Sequence[RunSpec], *, store: Store) -> dict[str, flo
             rates[key] = measured_rates(store.records(spec.paper), hardware=spec.hardware.name)
         expected[spec.id] = expected_seconds_of(cost_of(spec), spec.program, rates[key])
     return expected
-
-
-def si(value: float) -> str:
-    """'1.2M', '3.4G': three digits with an SI prefix."""
-    for factor, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 def print_plan(specs: Sequence[RunSpec], *, store: Store, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""What a sweep looks like while it runs: a line for each run with its ETA and one for the sweep; plain lines when piped."""
+"""What a sweep looks like while it runs: a line with an ETA for each run and for all; plain lines when piped."""
 
 from __future__ import annotations
 
@@ -13,19 +13,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from retrace.core.plan import RunSpec
 from retrace.core.store import FINISHED, Store
+from retrace.core.units import duration
 
 POLL_SECONDS = 0.5
-
-
-def duration(seconds: float | None) -> str:
-    """'1h 02m', '3m 20s', '12s', or '-' for what is not known."""
-    if seconds is None:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h {minutes:02d}m"
-    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
 
 
 class SweepProgress:
@@ -62,7 +52,8 @@ class SweepProgress:
     def __enter__(self) -> Self:
         if self._left:
             self._console.print(
-                f"{self._total} runs: {self._already} finished before, {len(self._left)} to do, {self._slots} side by side"
+                f"{self._total} runs: {self._already} finished before, {len(self._left)} to do, "
+                f"{self._slots} side by side"
             )
         if self._live and self._left:
             self._sweep = self._progress.add_task("sweep", total=len(self._left), note="")

@@ -20,14 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from retrace.core.claims import OUTCOMES, Claim, Verdict, judge
+from retrace.core.figures import forest_figure
 from retrace.core.paper import Paper
 from retrace.core.plan import Ablation
-from retrace.core.planview import si
-from retrace.core.progress import duration
 from retrace.core.record import Record
-from retrace.core.reportview import gaps, summary, verdict_figure, view_ablation, view_verdict
+from retrace.core.reportview import gaps, summary, view_ablation, view_verdict
 from retrace.core.samples import Planned, Samples
 from retrace.core.svg import STYLE
+from retrace.core.units import duration, si
 
 TEMPLATES = Path(__file__).parent / "templates"
 SYMBOLS = dict(zip(OUTCOMES, ("\u2713", "\u2197", "\u2717", "?", "\u2013", "\u2013"), strict=True))
@@ -85,7 +85,7 @@ def render(
     views = [
         view_ablation(ablation, samples, own=wanted.get(ablation.name, ()), others=everywhere) for ablation in ablations
     ]
-    overview = verdict_figure(verdicts)
+    overview = forest_figure(verdicts)
     page: dict[str, Any] = {
         "paper": paper,
         "scale": samples.scale,
@@ -210,7 +210,7 @@ def print_verdicts(verdicts: Sequence[Verdict], *, console: Console) -> None:
         here = view.shown.mean if verdict.estimate is None else f"{view.shown.mean} {view.shown.interval}"
         if verdict.outcome == "inconclusive" and view.detectable:
             here += f" (detectable: {view.detectable})"
-        says, paper = Text(f"{claim.says} ({claim.locus})"), Text(claim.paper or claim.expect.direction)
+        says, paper = Text(f"{claim.says.rstrip('.')} ({claim.locus})"), Text(claim.paper or claim.expect.direction)
         table.add_row(shown, says, paper, Text(here), str(len(verdict.seeds)))
     console.print(table)
     if verdicts:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retrace.core.claims import OUTCOMES, Verdict
-from retrace.core.figures import ArmValues, curve_figure, forest_figure, sample_figure, verdict_bar
+from retrace.core.figures import ArmValues, curve_figure, sample_figure, verdict_bar
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
 from retrace.core.samples import DIVERGED, Sample, Samples
@@ -42,7 +42,7 @@ class Table:
 
 @dataclass(frozen=True)
 class AblationView:
-    """One ablation. `key`: the metrics of its own claims; `figures`: those of all claims; `other`: all further tables."""
+    """One ablation. `key`: metrics of its own claims; `figures`: those of all claims; `other`: all further tables."""
 
     ablation: Ablation
     arms: tuple[str, ...]
@@ -67,10 +67,10 @@ class VerdictView:
 
 @dataclass(frozen=True)
 class Gap:
-    """Seeds of one arm without a full result, and why."""
+    """Arms whose same seeds have no full result, for the same reason."""
 
     ablation: str
-    arm: str
+    arms: tuple[str, ...]
     seeds: tuple[int, ...]
     why: str
 
@@ -187,15 +187,18 @@ def gaps(ablations: Sequence[Ablation], samples: Samples) -> tuple[Gap, ...]:
         for arm in ablation.arms:
             for seed in ablation.seeds:
                 chain = samples.chains.get(ablation.name, {}).get(arm, {}).get(seed)
-                if chain is not None and chain.trouble == DIVERGED:
-                    why = _diverged(next(r for r in chain.records if r.status == "DIVERGED"))
-                elif chain is not None and chain.complete and not chain.trouble:
+                if chain is not None and chain.diverged:
+                    why = _diverged(chain.diverged)
+                elif chain is not None and chain.complete:
                     continue
                 else:
-                    default = "not run" if chain is None else chain.trouble or "not finished"
+                    default = "not run" if chain is None else "not finished"
                     why = reasons.get(f"{ablation.name}/{arm}/s{seed}", default)
                 found.setdefault((ablation.name, arm, why), []).append(seed)
-    return tuple(Gap(ablation, arm, tuple(seeds), why) for (ablation, arm, why), seeds in found.items())
+    groups: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
+    for (name, arm, why), seeds in found.items():
+        groups.setdefault((name, tuple(seeds), why), []).append(arm)
+    return tuple(Gap(name, tuple(arms), seeds, why) for (name, seeds, why), arms in groups.items())
 
 
 def _diverged(record: Record) -> str:
@@ -217,8 +220,3 @@ def summary(verdicts: Sequence[Verdict], *, scale: str) -> str:
     told = [f"{count} {phrases[outcome]}" for outcome, count in counts.items() if count]
     total = f"Of {len(verdicts)} claim{'s' * (len(verdicts) != 1)}, judged at scale {scale}"
     return f"{total}: {', '.join(told)}." if told else f"No claims are listed for this paper (scale {scale})."
-
-
-def verdict_figure(verdicts: Sequence[Verdict]) -> Figure:
-    """All verdicts at a glance."""
-    return forest_figure(verdicts)

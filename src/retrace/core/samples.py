@@ -51,13 +51,12 @@ class Chain:
     @cached_property
     def metrics(self) -> dict[str, Sample]:
         """Every metric of the chain."""
-        done = [record for record in self.records if record.status == "DONE"]
+        done = [record for record in self.records if record.status != "DIVERGED"]
         owned = ((name, record) for record in done for name in record.metrics if self.owners[name] == record.program)
         found = {name: Sample(record.metrics[name], record) for name, record in owned}
-        diverged = [record for record in self.records if record.status == "DIVERGED"]
-        if diverged:
-            found[DIVERGED] = Sample(1.0, diverged[0])
-        elif self.complete and len(done) == len(self.records):
+        if self.diverged is not None:
+            found[DIVERGED] = Sample(1.0, self.diverged)
+        elif self.complete:
             found[DIVERGED] = Sample(0.0, done[-1])
         return found
 
@@ -68,10 +67,9 @@ class Chain:
         return {name: record.series[name] for record, name in owned}
 
     @property
-    def trouble(self) -> str:
-        """'diverged', 'failed', or ''."""
-        statuses = {record.status for record in self.records}
-        return "diverged" if "DIVERGED" in statuses else "failed" if "FAILED" in statuses else ""
+    def diverged(self) -> Record | None:
+        """The run that diverged, if one did."""
+        return next((record for record in self.records if record.status == "DIVERGED"), None)
 
 
 class Samples:
@@ -86,6 +84,7 @@ class Samples:
         self.scale = scale
         self.chains: dict[str, dict[str, dict[int, Chain]]] = {}
         self.planned = tuple(planned)
+        self._failed = [label for run in planned if run.status == "FAILED" for label in run.labels]
         records = list(records)
         self.other_scales = sorted({record.scale for record in records} - {scale})
         self._by_id = {record.id: record for record in records if record.scale == scale}
@@ -100,9 +99,11 @@ class Samples:
         return {seed: chain.metrics[metric] for seed, chain in chains.items() if metric in chain.metrics}
 
     def trouble(self, ablation: str, arm: str) -> dict[int, str]:
-        """Why seeds of an arm have no value, where the records tell: 'diverged' or 'failed'."""
+        """Seeds of an arm that 'diverged' or 'failed'. A failed run leaves no record; the plan knows of it."""
         chains = self.chains.get(ablation, {}).get(arm, {})
-        return {seed: chain.trouble for seed, chain in chains.items() if chain.trouble}
+        found = {seed: DIVERGED for seed, chain in chains.items() if chain.diverged}
+        failed = (label.rpartition("/s") for label in self._failed)
+        return found | {int(seed): "failed" for rest, _, seed in failed if rest == f"{ablation}/{arm}"}
 
     def metrics(self, ablation: str) -> list[str]:
         """Names of all metrics of an ablation's runs, in the order of the alphabet."""

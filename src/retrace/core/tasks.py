@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from retrace.core.plan import read_yaml
+from retrace.core.config import read_yaml
 
 Rows = Sequence[Mapping[str, Any]]
 HUB_SECONDS = 5.0  # how long a hub may take to answer before it counts as unreachable

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +83,7 @@ def train(config: TrainConfig, ctx: Context) -> dict[str, float]:
 
 
 def evaluate(config: EvaluateConfig, ctx: Context) -> dict[str, float]:
-    """Score the trained model with and without its thoughts: tasks through lm-eval, and held-out text token by token."""
+    """Score the trained model with and without thoughts: tasks through lm-eval, and held-out text token by token."""
     tokenizer = build_tokenizer()
     base = build_trunk(config.model, tokenizer, seed=config.seed)
     load_model(base, ctx.parents["base"].path / "model" / WEIGHTS)
@@ -126,7 +125,7 @@ def build_thinker(
     trunk: PreTrainedModel, thoughts: ThoughtConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
 ) -> ThoughtModel:
     """The trunk with START, END and a fresh mixing head. Raises ValueError for an init text without tokens."""
-    hidden = tokenizer.convert_tokens_to_ids([START, END]) + [tokenizer.pad_token_id, tokenizer.bos_token_id]
+    hidden = [*tokenizer.convert_tokens_to_ids([START, END]), tokenizer.pad_token_id, tokenizer.bos_token_id]
     torch.manual_seed(derive_seed(seed, "mixing head"))
     return ThoughtModel(
         trunk,

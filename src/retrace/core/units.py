@@ -1,0 +1,22 @@
+"""Numbers for people: time and SI prefixes."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float | None) -> str:
+    """'1h 02m', '3m 20s', '12s', or '-' for what is not known."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+
+
+def si(value: float) -> str:
+    """'1.2M', '3.4G': three digits with an SI prefix."""
+    for factor, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{unit}"
+    return f"{value:.3g}"
