@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from retrace.papers.quietstar.config import MixingHead, ThoughtConfig
-from retrace.papers.quietstar.model import ThoughtModel, load_weights, save_weights
+from retrace.papers.quietstar.model import ThoughtModel
+from retrace.papers.quietstar.weights import load_weights, save_weights
 
 SIZES = {
     "vocab_size": 37,
@@ -298,6 +299,14 @@ def test_sampling_step_by_step_sees_what_the_one_pass_sees(use_start: bool) -> N
     assert torch.equal(logits.argmax(-1), thoughts_BPTM.transpose(1, 2)[..., first:])
 
 
+def test_a_step_is_the_loss_of_the_thoughts_that_sampling_gives() -> None:
+    model = build()
+    ids_BT, mask_BT = batch("left")
+    thoughts_BPTM = model.sample(ids_BT, mask_BT, generator=seeded())
+    step, loss = model(ids_BT, mask_BT, generator=seeded()), model.loss(ids_BT, mask_BT, thoughts_BPTM)
+    assert torch.equal(step.loss, loss.loss)
+
+
 def test_sampled_tokens_follow_the_softmax_and_the_generator_alone() -> None:
     model = build(num_sampled=1, sample_temperature=2.0)
     ids_BT, mask_BT = batch(num_text=4)
@@ -366,8 +375,12 @@ def saved_bytes(num_sampled: int) -> int:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
+    text = model._text(ids_BT, mask_BT)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model.loss(ids_BT, mask_BT, thoughts_BPTM)
+        model._loss(text, thoughts_BPTM.transpose(1, 2), None)
+    for memory in text.state.memories.values():  # kept beside autograd, for all passes
+        for tensor in (*memory.text_BGTD, *memory.own_BGNPJD):
+            note(tensor)
     return sum(storages.values())
 
 

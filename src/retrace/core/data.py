@@ -1,6 +1,7 @@
 """Which rows a step trains on, and which noise it uses: pure functions of (seed, step).
 
-The number of processes changes neither. Nothing here has a position to save. A run that resumes at step 70 asks for the rows of step 70.
+The number of processes changes neither. Nothing here has a position to save: a run that resumes at step 70 asks for the
+rows of step 70.
 """
 
 from __future__ import annotations

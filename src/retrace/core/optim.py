@@ -18,6 +18,7 @@ class Optim(Frozen):
     micro_batch_size: int = Field(ge=1)  # sequences in one forward pass of one process
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(ge=0)
+    hold_steps: int = Field(0, ge=0)  # at the peak after the warm-up, before the decay begins
     decay: Literal["constant", "linear", "cosine"]
     decay_steps: int | None = Field(None, ge=1)  # where the decay ends; null: at `steps`
     weight_decay: float = Field(ge=0)
@@ -31,8 +32,9 @@ class Optim(Frozen):
         """Learning rate at update `step` (from 0) as a share of its peak."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        span = max(1, (self.decay_steps or self.steps) - self.warmup_steps)
-        done = min(1.0, (step - self.warmup_steps) / span)
+        begin = self.warmup_steps + self.hold_steps
+        span = max(1, (self.decay_steps or self.steps) - begin)
+        done = min(1.0, max(0.0, (step - begin) / span))
         if self.decay == "linear":
             return 1.0 - done
         if self.decay == "cosine":

@@ -13,6 +13,8 @@ from retrace.core.samples import DIVERGED, Sample, Samples
 from retrace.core.stats import Estimate, estimate, paired_differences
 from retrace.core.svg import Figure, decimals, number
 
+DIAGNOSTICS = ("grad_norm/", "optim/", "speed/")  # curves for whoever debugs a run; W&B and metrics.jsonl have them
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -126,7 +128,11 @@ def view_ablation(ablation: Ablation, samples: Samples, *, own: Sequence[str], o
         key=tuple(tables[metric] for metric in key),
         figures=tuple(_sample_figure(ablation, arms, samples, metric) for metric in drawn),
         other=tuple(table for metric, table in tables.items() if metric not in key),
-        curves=tuple(_curve_figure(name, arms, samples, curve) for curve in samples.series(name)),
+        curves=tuple(
+            _curve_figure(name, arms, samples, curve)
+            for curve in samples.series(name)
+            if not curve.startswith(DIAGNOSTICS)
+        ),
         records=tuple(
             (arm, seed, record)
             for arm in arms

@@ -31,14 +31,14 @@ def report(slug: str, *, scale: str, store: Store, console: Console) -> tuple[Ve
         scale=scale,
         now=datetime.now(UTC),
         out=store.results / slug,
-        planned=_planned(slug, scale=scale, store=store),
+        planned=planned_runs(slug, scale=scale, store=store),
     )
     print_verdicts(verdicts, console=console)
     console.print(f"\nreport: {store.results / slug / 'index.html'} and REPORT.md beside it", soft_wrap=True)
     return verdicts
 
 
-def _planned(slug: str, *, scale: str, store: Store) -> list[Planned]:
+def planned_runs(slug: str, *, scale: str, store: Store) -> list[Planned]:
     """What the ablation files ask for today, and how far it is; a run recorded elsewhere counts as it was recorded."""
     recorded = {record.id: record.status for record in store.records(slug)}
     runs = []

@@ -41,8 +41,9 @@ class Question:
 
 
 def ask(composition: Composition, rng: random.Random) -> Question:
-    """Words around a composition; `rng` chooses what a number story is about."""
-    aside = f"({' '.join(composition.values)})"
+    """Words around a composition; `rng` chooses what stands beside it."""
+    (ending,) = rng.choices(tuple(words.ENDINGS), tuple(words.ENDINGS.values()))
+    aside = f"({' '.join(composition.values)}{ending})"
     if composition.family == "facts":
         return _chained_facts(composition, aside)
     return _number_story(composition, aside, rng)

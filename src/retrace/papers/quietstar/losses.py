@@ -106,7 +106,7 @@ def sample_tokens(
     blocked: Tensor,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Next tokens (B, N, P) by inversion of the cumulative distribution in fp32; the likeliest ones without a generator.
+    """Next tokens (B, N, P), by inversion of the cumulative distribution in fp32; without a generator the likeliest.
 
     Q is P, or 1 where the thoughts of a position still share their hidden state.
     """

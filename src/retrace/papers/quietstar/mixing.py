@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -16,14 +18,12 @@ class MixingHead(nn.Module):
         sizes = [2 * hidden_size] + [hidden_size] * (config.num_layers - 1) + [1]
         last = config.num_layers - 1
         self.linears = nn.ModuleList(
-            nn.Linear(fan_in, fan_out, bias=i < last)
-            for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False))
+            nn.Linear(fan_in, fan_out, bias=i < last) for i, (fan_in, fan_out) in enumerate(pairwise(sizes))
         )
         self.bounded = config.bounded
-        for i, linear in enumerate(self.linears):
-            nn.init.normal_(linear.weight, std=0.0 if i == last and config.zero_init else initializer_range)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        for name, parameter in self.named_parameters():
+            zero = name.endswith("bias") or (name.startswith(f"linears.{last}.") and config.zero_init)
+            nn.init.normal_(parameter, std=0.0 if zero else initializer_range)
 
     def forward(self, base: Tensor, thought: Tensor) -> Tensor:
         """Weight of the thought branch, (..., 1), from two tensors of final-norm hidden states (..., hidden_size)."""

@@ -1,11 +1,13 @@
 """A language model that thinks before every token: sampling, the exact loss, prediction, saving (Section 4).
 
-`ThoughtModel` wraps any supported causal LM of transformers. A training step has two phases (specification 6.4):
-thoughts are sampled without gradients, with keys and values kept, and ONE differentiable pass over text, thoughts and
-true tokens gives the loss of specification 1.2. As in the official code, w multiplies the prediction after the thought.
+`ThoughtModel` wraps any supported causal LM of transformers. Sampling, scoring and prediction are the same passes: the
+text once per sequence, START, each sampled token, and in the last pass END and the true tokens together. In training
+they are differentiable as they go, so that nothing is computed twice and the loss is that of specification 1.2 (the
+two phases of 6.4 would pay for sampling a second time; where memory is short, switch activation checkpointing on in
+the trunk). As in the official code, w multiplies the prediction after the thought.
 
 Shapes: B sequences, T text tokens, N positions that think, P thoughts per position, M sampled tokens of a thought,
-K thread tokens (START, sampled, END, S - 1 true ones), S true tokens scored, C hidden size, V vocabulary.
+Q thoughts in a pass (P, or 1 for START), K thread tokens in a pass, S true tokens scored, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,11 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -51,6 +51,10 @@ class Prediction:
 
 class ThoughtModel(nn.Module):
     """`trunk` with START and END embeddings and a mixing head; with `num_sampled` 0 it is the trunk as a plain LM."""
+
+    blocked: Tensor
+    start_embedding: nn.Parameter | None
+    end_embedding: nn.Parameter | None
 
     def __init__(
         self,
@@ -166,7 +170,7 @@ class ThoughtModel(nn.Module):
         return self._log_probs(text.at_positions(self._read(text)))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every parameter once, under "trunk", "mixing_head" or "meta" (START and END); groups without any are left out.
+        """Every parameter once, under "trunk", "mixing_head" or "meta" (START and END); empty groups are left out.
 
         The official code gives the meta embeddings 100 times the trunk's learning rate (specification 1.3).
         """
@@ -239,7 +243,8 @@ class ThoughtModel(nn.Module):
         if self.start_embedding is not None:  # one START serves all thoughts of a position
             start = self.start_embedding.expand(*hidden_BNQC.shape[:2], 1, 1, -1)
             hidden_BNQC = self._continue(text, start)[:, :, :, 0]
-        before, tokens = [hidden_BNQC], []
+        before: list[Tensor] = [hidden_BNQC]
+        tokens: list[Tensor] = []
         for step in range(self.config.num_sampled):
             if step > 0:
                 before.append(self._continue(text, self._embed(tokens[-1])[:, :, :, None])[:, :, :, 0])
@@ -286,38 +291,3 @@ class _Text:
         if positions_BN is None:
             return values_BT
         return values_BT[torch.arange(len(values_BT), device=values_BT.device)[:, None], positions_BN]
-
-
-def save_weights(module: nn.Module, path: Path) -> None:
-    """Write the module's weights to a safetensors file, each shared tensor once."""
-    tied = _tied_names(module)
-    tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items() if name not in tied}
-    save_file(tensors, path)
-
-
-def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
-    """Read what `save_weights` wrote, bit for bit; `prefix="trunk."` reads the trunk of a saved ThoughtModel.
-
-    Raises ValueError when the file and the module do not have the same weights.
-    """
-    tensors = {name.removeprefix(prefix): t for name, t in load_file(path).items() if name.startswith(prefix)}
-    expected = set(module.state_dict()) - _tied_names(module)
-    if set(tensors) != expected:
-        missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-        raise ValueError(
-            f"{path} does not fit the model: missing {missing[:3]}, unexpected {unknown[:3]} "
-            f"({len(missing)} and {len(unknown)} in all): build the model from the config it was saved with"
-        )
-    module.load_state_dict(tensors, strict=False)
-
-
-def _tied_names(module: nn.Module) -> set[str]:
-    """Names in the state dict whose tensor stands there already under an earlier name."""
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    tied = set()
-    for name, tensor in module.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape))
-        if key in seen:
-            tied.add(name)
-        seen.add(key)
-    return tied

@@ -27,7 +27,7 @@ class ThoughtOutput:
 
 @dataclass(frozen=True)
 class Thinking:
-    """The text's hidden states, those that each sampled token was drawn from (M times (B, T, P or 1, C)), the tokens."""
+    """Hidden states of the text, those that each sampled token was drawn from (M of (B, T, P or 1, C)), the tokens."""
 
     base_BTC: Tensor
     before: list[Tensor]

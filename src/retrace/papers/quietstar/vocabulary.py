@@ -29,6 +29,7 @@ def _corpus_words() -> list[str]:
     texts = (
         *words.ENTITIES, *words.RELATIONS, *words.COLORS, *words.NUMBERS, *words.PERSONS, *words.THINGS, *words.NOUNS,
         *words.PLACES, *words.VERBS, *words.ADJECTIVES, *words.TIMES, *words.PROSE, *words.OPERATIONS, *words.ORDER,
+        *words.ENDINGS,
         "From the What is it color has How many now Now 's (A) (B) (C) (D) (E)",
     )  # fmt: skip
     pieces = re.findall(PIECE, " ".join(re.sub(r"\{\w+\}", " ", text) for text in texts))
