@@ -32,8 +32,8 @@ smoke: $(READY)  ## every ablation and arm at its smallest, seed 0
 	RETRACE_HOME=$${RETRACE_HOME:-$(CURDIR)/runs/smoke} $(BIN)/retrace run quietstar scale=smoke seed=0
 
 reproduce-%: $(READY)  ## run a paper's ablations, judge its claims: reproduce-quietstar
-	$(BIN)/retrace run $* scale=$(SCALE) hardware=$(HARDWARE)
-	$(BIN)/retrace report $* --scale $(SCALE)
+	@$(BIN)/retrace run $* scale=$(SCALE) hardware=$(HARDWARE); code=$$?; \
+	test $$code -gt 1 || $(BIN)/retrace report $* --scale $(SCALE); exit $$code
 
 reproduce: reproduce-quietstar  ## all papers
 

@@ -3,8 +3,9 @@
 Written from the specification (sections 1.2, 6.1-6.3), it computes what `ThoughtModel` computes, in the way of the
 published method: rows are repeated for the P thoughts, every inserted token is one pass of the whole sequence through
 the trunk with a key-value cache, and each pass attends, by a 4-D mask, to causal text plus one diagonal per earlier
-pass. It does not carry the published code's avoidable waste (one-hot embedding products, unused mixed logits): masks
-are slices of one, attention is transformers' SDPA. Tests take it for the truth, benchmarks for the baseline.
+pass. It does not carry the published code's avoidable waste (one-hot embedding products, unused mixed logits, a new
+mask in each pass). Attention is transformers' own, eager (plain) or SDPA (fused). Tests take it for the truth,
+benchmarks for the baseline.
 
 Shapes: B sequences, A = B * P rows, T text tokens, P thoughts, M sampled tokens, S true tokens, C hidden, V vocabulary.
 """
@@ -37,10 +38,10 @@ class ReferenceStep:
 
 
 @contextmanager
-def own_attention(trunk: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The trunk with transformers' SDPA attention, for the time of the block."""
+def own_attention(trunk: PreTrainedModel, attention: str = "sdpa") -> Iterator[PreTrainedModel]:
+    """The trunk with an attention of transformers' own, for the time of the block."""
     before = trunk.config._attn_implementation
-    trunk.set_attn_implementation("sdpa")
+    trunk.set_attn_implementation(attention)
     try:
         yield trunk
     finally:
@@ -88,8 +89,12 @@ def reference_step(
     *,
     thoughts_BPTM: Tensor | None = None,
     generator: torch.Generator | None = None,
+    attention: str = "sdpa",
 ) -> ReferenceStep:
-    """One training step's loss on the model's own weights, for recorded thoughts or, without any, sampled ones."""
+    """One training step's loss on the model's own weights, for recorded thoughts or, without any, sampled ones.
+
+    `attention`: transformers' "eager", which is the plain implementation, or the fused "sdpa".
+    """
     config, num_thoughts = model.config, model.config.num_thoughts
     ids_AT = input_ids_BT.repeat_interleave(num_thoughts, 0)
     real_AT = torch.ones_like(ids_AT, dtype=torch.bool)
@@ -98,7 +103,7 @@ def reference_step(
     thoughts_ATM = None if thoughts_BPTM is None else thoughts_BPTM.flatten(0, 1)
     embed, lm_head = model.trunk.get_input_embeddings(), model.trunk.get_output_embeddings()
     num_passes = 1 + config.use_start + config.num_sampled + config.use_end + config.num_true - 1
-    with own_attention(model.trunk) as trunk:
+    with own_attention(model.trunk, attention) as trunk:
         passes = Passes(
             trunk,
             growing_mask(real_AT, num_passes, embed.weight.dtype),

@@ -17,12 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,11 +30,14 @@ from growing_mask import reference_step
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from retrace.core.provenance import processor
 from retrace.papers.quietstar.config import MixingHead, ThoughtConfig
 from retrace.papers.quietstar.model import ThoughtModel
 
 BATCH, HIDDEN, LAYERS, HEADS, KV_HEADS, MLP, VOCAB = 4, 256, 4, 8, 4, 688, 4096
 SAMPLED, TRUE, THOUGHTS = 9, 4, 2
+REFERENCES = ("eager", "sdpa")  # the growing-mask reference with plain and with fused attention
+OURS = ("ours", "light")  # light: with activation checkpointing in the trunk
 RESULTS = Path(__file__).parent / "results" / "thought_step.json"
 
 
@@ -81,14 +84,13 @@ def measure_step(which: str, num_text: int, repeats: int) -> dict[str, float]:
     for repeat in range(repeats):
         model.zero_grad()
         start = time.process_time()
-        step = (
-            model(ids_BT, generator=generator)
-            if which != "reference"
-            else reference_step(model, ids_BT, generator=generator)
-        )
-        step.loss.backward()
+        if which in REFERENCES:
+            loss = reference_step(model, ids_BT, generator=generator, attention=which).loss
+        else:
+            loss = model(ids_BT, generator=generator).loss
+        loss.backward()
         seconds.append(time.process_time() - start)
-        del step
+        del loss
         if repeat == 0:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     return {"seconds": min(seconds), "bytes": peak}
@@ -147,52 +149,53 @@ def in_own_process(which: str, num_text: int, repeats: int, **environment: str) 
     )
 
 
-def compare(num_text: int, repeats: int) -> dict[str, float]:
-    row: dict[str, float] = {"num_text": num_text, **in_own_process("floor", num_text, repeats)}
-    row["floor_seconds"], row["floor_flops"] = row.pop("seconds"), row.pop("flops")
-    for which in ("ours", "light", "reference"):
-        row[f"{which}_seconds"] = in_own_process(which, num_text, repeats)["seconds"]
+def compare(num_text: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Each variant's seconds and MiB, and what these are of the references' and of the floor's."""
+    row = {"floor": in_own_process("floor", num_text, repeats)}
+    for which in (*REFERENCES, *OURS):
+        seconds = in_own_process(which, num_text, repeats)["seconds"]
         memory = in_own_process(which, num_text, 1, MALLOC_MMAP_THRESHOLD_="65536")["bytes"]
-        row[f"{which}_mib"] = memory / 2**20
-    for which in ("ours", "light"):
-        row[f"{which}_speedup"] = row["reference_seconds"] / row[f"{which}_seconds"]
-        row[f"{which}_memory_ratio"] = row[f"{which}_mib"] / row["reference_mib"]
-        row[f"{which}_over_floor"] = row[f"{which}_seconds"] / row["floor_seconds"]
+        row[which] = {"seconds": seconds, "mib": memory / 2**20}
+    for which in OURS:
+        mine = row[which]
+        mine["over_floor"] = mine["seconds"] / row["floor"]["seconds"]
+        for reference in REFERENCES:
+            mine[f"speedup_over_{reference}"] = row[reference]["seconds"] / mine["seconds"]
+            mine[f"memory_of_{reference}"] = mine["mib"] / row[reference]["mib"]
     return row
+
+
+def show(num_text: int, row: dict[str, dict[str, float]]) -> None:
+    """A block of lines for one length."""
+    print(f"T={num_text:<5d} seconds     MiB   faster than eager / sdpa   memory of eager / sdpa   x floor")
+    for which in (*REFERENCES, *OURS):
+        mine = row[which]
+        line = f"  {which:6s} {mine['seconds']:7.2f} {mine['mib']:7.0f}"
+        if which in OURS:
+            line += f" {mine['speedup_over_eager']:11.2f}x / {mine['speedup_over_sdpa']:.2f}x"
+            line += f" {mine['memory_of_eager']:14.2f} / {mine['memory_of_sdpa']:.2f} {mine['over_floor']:14.2f}"
+        print(line)
+    print(f"  floor  {row['floor']['seconds']:7.2f}  ({row['floor']['flops']:.3g} FLOP)", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--child", choices=["ours", "light", "reference", "floor"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=[*REFERENCES, *OURS, "floor"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.child is not None:
-        num_text = arguments.lengths[0]
-        if arguments.child == "floor":
-            print(json.dumps(measure_floor(num_text, arguments.repeats)))
-        else:
-            print(json.dumps(measure_step(arguments.child, num_text, arguments.repeats)))
+        measure = measure_floor if arguments.child == "floor" else partial(measure_step, arguments.child)
+        print(json.dumps(measure(arguments.lengths[0], arguments.repeats)))
         return
-    rows = []
-    print("   T            seconds  speedup  x floor      MiB  of reference")
+    rows = {}
     for num_text in arguments.lengths:
-        row = compare(num_text, arguments.repeats)
-        rows.append(row)
-        print(f"{num_text:4d} reference  {row['reference_seconds']:8.2f} {' ':17s} {row['reference_mib']:8.0f}")
-        for which in ("ours", "light"):
-            print(
-                f"     {which:9s}  {row[f'{which}_seconds']:8.2f} {row[f'{which}_speedup']:8.2f}"
-                f" {row[f'{which}_over_floor']:8.2f} {row[f'{which}_mib']:8.0f} {row[f'{which}_memory_ratio']:8.2f}"
-            )
-        print(f"     floor      {row['floor_seconds']:8.2f}", flush=True)
-    machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
-    cpu = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
+        rows[num_text] = compare(num_text, arguments.repeats)
+        show(num_text, rows[num_text])
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**machine, "cpu": cpu[:1], "rows": rows}, indent=1) + "\n")
+    machine = {"processor": processor(), "torch": torch.__version__, "threads": 1}
+    RESULTS.write_text(json.dumps({**machine, "lengths": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,23 @@ def test_a_loss_that_is_no_number_is_a_result_and_not_a_crash(home: Path, retrac
     (record,) = Store(home).records("quietstar")
     assert record.status == "DIVERGED"
     assert record.metrics["diverged_at"] >= 1
-    assert "DIVERGED" not in retrace(*arguments).stdout  # a result is not computed again
+    again = retrace(*arguments)  # a result is not computed again, nor is what can't build on it tried
+    assert again.returncode == 0
+    assert "DIVERGED" not in again.stdout
+    assert "2 not tried because they build on those" in again.stdout
+
+
+def test_a_record_that_was_deleted_or_broken_comes_back_from_its_run(home: Path, retrace: Run) -> None:
+    arguments = ["run", "quietstar/main", *SMALL]
+    assert retrace(*arguments).returncode == 0
+    first, second, third = sorted((home / "results/quietstar/records").glob("*.json"))
+    before = [first.read_text(), second.read_text(), third.read_text()]
+    first.unlink()
+    second.write_text("{")
+    assert retrace("plan", "quietstar/main", *SMALL).returncode == 2  # says which file is broken
+    second.unlink()
+    assert "3 of 3 runs finished" in retrace(*arguments).stdout
+    assert [first.read_text(), second.read_text(), third.read_text()] == before
 
 
 def test_a_run_that_fails_neither_hides_nor_kills_the_others(home: Path, retrace: Run) -> None:

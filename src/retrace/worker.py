@@ -142,6 +142,8 @@ def _record(
 def _failed(run: RunDir, error: Exception) -> Outcome:
     """Write the reason down; where even that can't be written, the answer to the launcher still carries it."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    if run.state().finished or int(os.environ.get("RANK", 0)) > 0:
+        return Outcome("FAILED", reason)  # a result stands; and of several processes only the first writes
     try:
         run.finish("FAILED", reason=reason, traceback=traceback.format_exc())
     except OSError as second:
@@ -214,9 +216,13 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda *_: stop.set())
     store = Store(HOME)
+    provenance.code()  # now, and not when the first record is written: the code that runs is the code of this moment
     if arguments == ["-"]:
         _serve(store, stop, sys.stdin)
         return 0
+    if not (Path(arguments[0]) / "config.json").is_file():
+        print(f"{arguments[0]}: no config.json there; give the folder of a run, such as runs/<id>", file=sys.stderr)
+        return 2
     outcome = execute(Path(arguments[0]), store=store, stop=stop)
     print(f"{outcome.status} {outcome.reason}".strip(), flush=True)
     return {"DONE": 0, "DIVERGED": 0, "FAILED": 1}.get(outcome.status, 3)

@@ -28,7 +28,7 @@ def test_sweeps_are_the_product_of_hydras_syntax_and_lists_are_no_sweeps() -> No
         (["thoughts.num_sampled=-1"], "thoughts.num_sampled=-1: input should be greater than or equal to 0"),
         (["thoughts.num_sampled=two"], "thoughts.num_sampled='two': input should be a valid integer"),
         (["thoughts.num_thoughts=1"], "use baseline 'base_loss', or num_thoughts of 2 or more"),
-        (["thoughts.num_true=64"], "thoughts.num_true=64 leaves no position to think at"),
+        (["corpus.seq_len=64", "thoughts.num_true=64"], "thoughts.num_true=64 leaves no position to think at"),
         (["+thoughts.extra=1"], "keys can't be added or removed, only set"),
         (["scale=huge"], "laptop"),
         (["seed=-1"], "seeds are whole numbers from 0"),
@@ -38,6 +38,12 @@ def test_sweeps_are_the_product_of_hydras_syntax_and_lists_are_no_sweeps() -> No
         (["model.num_kv_heads=3"], "num_kv_heads=3 does not divide"),
         (["hardware.device=tpu"], "hardware.device='tpu'"),
         (["a=(1"], "is not an override"),
+        (["seed=range(0)"], "a sweep over nothing"),
+        (["seed=interval(0,1)"], "sweep with a=1,2 or range(3)"),
+        (["scale=paper,laptop"], "scale=paper: no such scale for quietstar; there are: laptop, smoke"),
+        (["train.optim.micro_batch_size=3"], "micro_batch_size=3 does not divide batch_size=4"),
+        (["thoughts.start_init=''"], "thoughts.start_init=''"),
+        (["eval.tasks=[nothing]"], "nothing: no such task; the tasks are"),
     ],
 )
 def test_wrong_input_is_one_sentence_with_key_value_and_expectation(overrides: list[str], expected: str) -> None:

@@ -24,9 +24,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from retrace.core.checkpoint import load_model, save_model
 from retrace.papers.quietstar.config import MixingHead, ThoughtConfig
 from retrace.papers.quietstar.model import ThoughtModel
-from retrace.papers.quietstar.weights import load_weights, save_weights
 
 SIZES = {
     "vocab_size": 37,
@@ -269,23 +269,19 @@ def test_saved_and_loaded_model_is_bit_identical(family: str, tmp_path: Path) ->
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)
-    save_weights(model, tmp_path / "model.safetensors")
+    save_model(model, tmp_path / "model.safetensors")
     torch.manual_seed(9)
     other = build(family, dtype=next(model.parameters()).dtype)
-    load_weights(other, tmp_path / "model.safetensors")
+    load_model(other, tmp_path / "model.safetensors")
     ids_BT, mask_BT = batch("right")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     assert torch.equal(model(ids_BT, mask_BT, generator=seeded()).loss, other(ids_BT, mask_BT, generator=seeded()).loss)
 
 
-def test_the_trunk_of_a_saved_model_can_be_loaded_alone(tmp_path: Path) -> None:
-    model = build(num_sampled=0)
-    save_weights(model, tmp_path / "model.safetensors")
-    trunk = FAMILIES["llama"]().double()
-    load_weights(trunk, tmp_path / "model.safetensors", prefix="trunk.")
-    assert all(torch.equal(a, b) for a, b in zip(model.trunk.parameters(), trunk.parameters(), strict=True))
-    with pytest.raises(ValueError, match="does not fit the model: missing"):
-        load_weights(build(), tmp_path / "model.safetensors")
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    save_model(build(num_sampled=0), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="a checkpoint of another model"):
+        load_model(build(), tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("use_start", [True, False])

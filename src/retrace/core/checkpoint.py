@@ -83,6 +83,7 @@ def restore(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer)
         damage = _damage(path)
         if damage:
             log.warning("checkpoint %s is damaged (%s): going on from the one before it", path.name, damage)
+            shutil.rmtree(path)  # else it would count among those that are kept
             continue
         tensors = load_file(path / "tensors.safetensors")
         parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}

@@ -39,11 +39,18 @@ def expand_sweep(overrides: Sequence[str]) -> list[tuple[str, ...]]:
     choices: list[list[str]] = []
     for text in overrides:
         override = parse(text)
-        if override.is_sweep_override():
-            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([text])
+        choices.append(_values(override) if override.is_sweep_override() else [text])
     return list(itertools.product(*choices))
+
+
+def _values(override: Override) -> list[str]:
+    try:
+        values = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    except HydraException as error:
+        raise ValueError(f"{override.input_line}: {_one_line(error)}; sweep with a=1,2 or range(3)") from None
+    if not values:
+        raise ValueError(f"{override.input_line}: a sweep over nothing; give at least one value")
+    return values
 
 
 def override_key(override: str) -> str:
@@ -79,7 +86,10 @@ def _is_group(paper: str, key: str) -> bool:
 @lru_cache(maxsize=64)
 def _compose_groups(paper: str, name: str, groups: tuple[str, ...]) -> DictConfig:
     for text in groups:
-        parse(text)
+        group, choice = parse(text).get_key_element(), text.partition("=")[2]
+        known = {path.stem for folder in (CONFIGS / paper, CONFIGS) for path in (folder / group).glob("*.yaml")}
+        if choice not in known:
+            raise ValueError(f"{text}: no such {group} for {paper}; there are: {', '.join(sorted(known))}")
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(CONFIGS / paper), version_base="1.3"):

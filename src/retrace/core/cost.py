@@ -56,12 +56,17 @@ def mfu(flops: float, seconds: float, peak_flops: float | None, processes: int) 
     return None if peak_flops is None or seconds <= 0 else flops / seconds / (peak_flops * processes)
 
 
-def measured_rates(records: Iterable[Record], *, hardware: str) -> dict[str, float]:
-    """FLOPs a second of each program, the median over finished runs on this hardware config."""
+def measured_rates(records: Iterable[Record], *, hardware: str, scale: str) -> dict[str, float]:
+    """FLOPs a second of each program, the median over finished runs of this scale on this hardware config."""
     rates: dict[str, list[float]] = {}
     for record in records:
         seconds = record.cost.seconds
-        if record.provenance.get("hardware_config") == hardware and seconds and record.cost.flops:
+        if (
+            record.scale == scale
+            and record.provenance.get("hardware_config") == hardware
+            and seconds
+            and record.cost.flops
+        ):
             rates.setdefault(record.program, []).append(record.cost.flops / seconds)
     return {program: median(values) for program, values in rates.items()}
 

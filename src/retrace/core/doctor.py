@@ -44,10 +44,17 @@ def _checks(home: Path, configs: Path) -> Iterator[Check]:
     yield True, f"{cores} cores: {processor()}", ""
     gpu = shutil.which("nvidia-smi") is not None
     yield (True if gpu else None), "NVIDIA GPU", "not needed for scale=smoke and scale=laptop"
-    home.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(home).free / 2**30
-    yield free > NEEDED_GIB, f"{free:.1f} GiB free at {home}", f"free {NEEDED_GIB} GiB, or set RETRACE_HOME elsewhere"
-    yield os.access(home, os.W_OK), f"{home} can be written", "set RETRACE_HOME to a folder of yours"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(home).free / 2**30
+        yield (
+            free > NEEDED_GIB,
+            f"{free:.1f} GiB free at {home}",
+            f"free {NEEDED_GIB} GiB or set RETRACE_HOME elsewhere",
+        )
+        yield os.access(home, os.W_OK), f"{home} can be written", "set RETRACE_HOME to a folder of yours"
+    except OSError as error:
+        yield False, f"{home}: {error.strerror}", "set RETRACE_HOME to a folder of yours"
     try:
         data = data_root()
         yield (

@@ -108,6 +108,11 @@ class Worker:
         hint = "; out of memory? lower micro_batch_size or hardware.parallel_runs" if code == -9 else ""
         return "FAILED", f"its worker died ({how}{hint}): {last}"
 
+    def stop(self) -> None:
+        """Ask the run in hand to save and stop."""
+        if self._process is not None:
+            self._process.terminate()
+
     def close(self) -> None:
         """End the process: it sees the end of its input."""
         if self._process is not None and self._process.stdin is not None:
@@ -126,14 +131,19 @@ class Local:
         self._command = command
         self._on_change = on_change
         self._halt = threading.Event()  # set on Ctrl-C: nothing new is started
+        self._workers: list[Worker] = []
 
     def run(self, specs: Sequence[RunSpec]) -> Summary:
         """Carry out all runs that are not finished. On Ctrl-C the runs in hand save and stop, then it is raised."""
         summary = Summary()
-        waiting = {spec.id: spec for spec in specs if not self._store.run(spec.id).state().finished}
+        states = {spec.id: self._store.run(spec.id).state() for spec in specs}
+        waiting = {spec.id: spec for spec in specs if not states[spec.id].finished}
         for spec in specs:
-            if spec.id not in waiting:
-                self._store.relabel(spec)
+            if states[spec.id].finished:
+                self._store.keep_record(spec)
+            if states[spec.id].status == "DIVERGED":
+                summary.diverged.append(spec.id)
+                _skip_children(spec.id, waiting, summary)
         if not waiting:
             return summary
         slots = min(len(waiting), next(iter(waiting.values())).hardware.slots)
@@ -144,6 +154,10 @@ class Local:
             thread.start()
         try:
             self._schedule(waiting, ready, ended, summary)
+        except KeyboardInterrupt:
+            for worker in self._workers:  # a terminal sends them the signal too, a supervisor does not
+                worker.stop()
+            raise
         finally:
             self._halt.set()
             for _ in threads:
@@ -181,7 +195,7 @@ class Local:
                     _skip_children(spec.id, waiting, summary)
             elif status == "STOPPED":
                 self._halt.set()
-                summary.stopped.append(spec.id)
+                summary.stopped += [spec.id, *waiting]
                 waiting.clear()
             else:
                 summary.failed[spec.id] = reason
@@ -195,12 +209,17 @@ class Local:
                 ended.put((spec, "STOPPED", ""))
                 continue
             run = self._store.run(spec.id)
+            if run.state().finished:  # by another launcher, for which this one waited
+                ended.put((spec, run.state().status, run.state().reason))
+                continue
             try:
                 run.freeze(spec, command=self._command)
-                worker = worker or Worker(threads=spec.hardware.threads)
+                if worker is None:
+                    worker = Worker(threads=spec.hardware.threads)
+                    self._workers.append(worker)
                 self._on_change(spec.id, "RUNNING", "")
                 status, reason = worker.run(spec, run.path)
-            except OSError as error:
+            except Exception as error:  # whatever it is, the sweep must hear of it and go on
                 status, reason = "FAILED", f"{type(error).__name__}: {error}"
             if status == "BUSY":
                 time.sleep(BUSY_SECONDS)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from retrace.core.config import Frozen
 
@@ -20,7 +20,6 @@ class Optim(Frozen):
     warmup_steps: int = Field(ge=0)
     hold_steps: int = Field(0, ge=0)  # at the peak after the warm-up, before the decay begins
     decay: Literal["constant", "linear", "cosine"]
-    decay_steps: int | None = Field(None, ge=1)  # where the decay ends; null: at `steps`
     weight_decay: float = Field(ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
@@ -28,12 +27,21 @@ class Optim(Frozen):
     clip_norm: float = Field(gt=0)
     clip: Literal["global", "per_group"]  # the norm that is clipped: of all gradients, or of each parameter group
 
+    @model_validator(mode="after")
+    def _micro_batches_divide(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}: "
+                "choose one that does"
+            )
+        return self
+
     def factor(self, step: int) -> float:
         """Learning rate at update `step` (from 0) as a share of its peak."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         begin = self.warmup_steps + self.hold_steps
-        span = max(1, (self.decay_steps or self.steps) - begin)
+        span = max(1, self.steps - begin)
         done = min(1.0, max(0.0, (step - begin) / span))
         if self.decay == "linear":
             return 1.0 - done

@@ -24,6 +24,7 @@ class Stage:
 
     program: str
     config: Frozen
+    seed: int
     parents: Mapping[str, Stage] = field(default_factory=dict)
 
 

@@ -8,6 +8,7 @@ the arm's place, so sweeping the key that the arms differ in gives arms of its o
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +99,8 @@ def plan(targets: Sequence[str], overrides: Sequence[str] = (), *, check: bool =
             for arm, seed, lines in _arms(ablation, sweep):
                 label = f"{ablation.name}/{arm}/s{seed}"
                 experiment = _compose(paper, ablation, lines)
-                if check and paper.check is not None:
-                    paper.check(experiment)
+                if check:
+                    _check(paper, experiment)
                 for spec in _runs(paper, experiment, label):
                     known = specs.get(spec.id)
                     labels = known.labels + spec.labels if known else spec.labels
@@ -113,13 +114,14 @@ def _arms(ablation: Ablation, sweep: Sequence[tuple[str, ...]]) -> Iterator[tupl
     for chosen in sweep:
         keys = {override_key(text) for text in chosen}
         extra = [t for t in chosen if override_key(t).split(".")[0] not in (*_PLACEMENT_KEYS, "seed")]
+        place = tuple(t for t in chosen if t not in extra and override_key(t) != "seed")
         seeds = [_seed(t) for t in chosen if override_key(t) == "seed"] or ablation.seeds
         for arm, own in ablation.arms.items():
             kept = [text for text in own if override_key(text) not in keys]
             name = ",".join([*([arm] if kept or not own else []), *extra]) or arm
             for seed in seeds:
-                if (name, seed) not in seen:
-                    seen.add((name, seed))
+                if (name, seed, place) not in seen:
+                    seen.add((name, seed, place))
                     yield name, seed, [*kept, *chosen, f"seed={seed}"]
 
 
@@ -128,6 +130,14 @@ def _seed(override: str) -> int:
     if not text.isdigit():
         raise ValueError(f"{override}: seeds are whole numbers from 0, as in seed=0 or seed=0,1,2 or seed=range(3)")
     return int(text)
+
+
+def _check(paper: Paper, experiment: Experiment) -> None:
+    hardware = experiment.hardware
+    if hardware.device == "cuda" and shutil.which("nvidia-smi") is None:
+        raise ValueError(f"hardware={hardware.name} needs an NVIDIA GPU, and this machine has none; try hardware=cpu")
+    if paper.check is not None:
+        paper.check(experiment)
 
 
 def _compose(paper: Paper, ablation: Ablation, overrides: Iterable[str]) -> Experiment:
@@ -161,7 +171,7 @@ def _runs(paper: Paper, experiment: Experiment, label: str) -> Iterator[RunSpec]
             program=stage.program,
             recipe=paper.recipe,
             scale=experiment.scale,
-            seed=experiment.seed,
+            seed=stage.seed,
             config=stage.config,
             parents=ids,
             labels=(label,),

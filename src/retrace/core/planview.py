@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from retrace.core.cost import Cost, expected_seconds_of, makespan, measured_rates
@@ -21,12 +22,12 @@ def cost_of(spec: RunSpec) -> Cost:
 
 def expected_seconds(specs: Sequence[RunSpec], *, store: Store) -> dict[str, float | None]:
     """Seconds that each run should take, from recorded runs of the same program on the same hardware config."""
-    rates: dict[tuple[str, str], dict[str, float]] = {}
+    rates: dict[tuple[str, str, str], dict[str, float]] = {}
     expected = {}
     for spec in specs:
-        key = (spec.paper, spec.hardware.name)
+        key = (spec.paper, spec.hardware.name, spec.scale)
         if key not in rates:
-            rates[key] = measured_rates(store.records(spec.paper), hardware=spec.hardware.name)
+            rates[key] = measured_rates(store.records(spec.paper), hardware=spec.hardware.name, scale=spec.scale)
         expected[spec.id] = expected_seconds_of(cost_of(spec), spec.program, rates[key])
     return expected
 
@@ -44,7 +45,7 @@ def print_plan(specs: Sequence[RunSpec], *, store: Store, console: Console) -> N
             flops += cost.flops
         label = spec.labels[0] + (f" +{len(spec.labels) - 1}" if len(spec.labels) > 1 else "")
         numbers = (si(cost.tokens), si(cost.flops), duration(expected[spec.id]), f"{si(cost.memory)}B")
-        table.add_row(spec.id, label, _shown(state), *numbers)
+        table.add_row(spec.id, escape(label), _shown(state), *numbers)
     if console.is_terminal:
         console.print(table)
     else:
@@ -64,7 +65,7 @@ def print_plan(specs: Sequence[RunSpec], *, store: Store, console: Console) -> N
 def print_status(specs: Sequence[RunSpec] | None, *, store: Store, console: Console) -> None:
     """Each run's state, reasons in full, and counts; all runs on disk where `specs` is None."""
     labels: Mapping[str, str] = {spec.id: spec.labels[0] for spec in specs} if specs is not None else {}
-    ids = list(labels) if specs is not None else sorted(p.name for p in store.runs.glob("*") if p.is_dir())
+    ids = list(labels) if specs is not None else sorted(p.parent.name for p in store.runs.glob("*/config.json"))
     counts: dict[str, int] = {}
     for run_id in ids:
         state = store.run(run_id).state()

@@ -64,13 +64,15 @@ class SweepProgress:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._closing.set()
-        if self._live and self._left is not None:
+        if self._live:
             self._progress.stop()
 
     def on_change(self, run_id: str, status: str, reason: str) -> None:
         """A run has started or ended."""
         with self._lock:
             if status == "RUNNING":
+                if run_id in self._running:  # handed out again, after waiting for somebody else who held it
+                    return
                 task = self._progress.add_task(run_id, total=100, note="starting") if self._live else None
                 self._running[run_id] = (task, time.monotonic())
                 return

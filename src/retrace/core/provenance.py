@@ -30,9 +30,10 @@ def code() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[3]
     sha = _git(root, "rev-parse", "HEAD")
     diff = _git(root, "diff", "HEAD", "--", "src", "configs") if sha else None
+    new = _git(root, "ls-files", "--others", "--exclude-standard", "--", "src", "configs") if sha else None
     return {
         "git": sha,
-        "dirty": bool(diff) if sha else None,
+        "dirty": bool(diff or new) if sha else None,
         "diff_sha256": hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None,
     }
 

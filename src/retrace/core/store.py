@@ -6,6 +6,7 @@
               metrics.jsonl    one line for each logged step
               checkpoints/     core/checkpoint.py
               model/ tasks/    what a program leaves behind
+              record.json      the record, as it stands in results/
               result.json      DONE, DIVERGED or FAILED: the last thing that is written
 
 Every file is written whole or not at all, so a run killed at any instant leaves a readable directory.
@@ -69,11 +70,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """The file's content, or None where there is no such file."""
+    """The file's content, or None where there is no such file; raises ValueError, naming it, where it is broken."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); delete it and run again") from None
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,11 @@ class RunDir:
         tree = {name: getattr(spec, name) for name in ("id", "paper", "program", "recipe", "scale", "seed")}
         tree |= {"config": science(spec.config), "parents": dict(spec.parents), "labels": list(spec.labels)}
         tree |= {"hardware": spec.hardware.model_dump(), "tracking": spec.tracking.model_dump(), "command": command}
-        if read_json(self.path / "config.json") != tree:
+        try:
+            frozen = read_json(self.path / "config.json")
+        except ValueError:
+            frozen = None  # torn by a full disk or a power cut: written anew
+        if frozen != tree:
             write_json(self.path / "config.json", tree)
 
     def load(self) -> tuple[RunSpec, str]:
@@ -126,7 +133,10 @@ class RunDir:
         return RunSpec(**tree), command
 
     def state(self) -> State:
-        progress = read_json(self.path / "progress.json") or {}
+        try:
+            progress = read_json(self.path / "progress.json") or {}
+        except ValueError:
+            progress = {}  # never fsynced, so a power cut may leave it empty; it is a courtesy and not a fact
         result = read_json(self.path / "result.json") or {"status": "PLANNED"}
         status, reason = result["status"], result.get("reason", "")
         if status in ("PLANNED", "FAILED") and self._holder():
@@ -152,6 +162,9 @@ class RunDir:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         sync_folder(self.path)
@@ -170,7 +183,7 @@ class RunDir:
 
         def beat() -> None:
             while not stop.wait(HEARTBEAT_SECONDS):
-                with contextlib.suppress(FileNotFoundError):
+                if _owner(path) == owner:  # else another host has taken a lease that it believed dead
                     os.utime(path)
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -180,7 +193,8 @@ class RunDir:
         finally:
             stop.set()
             thread.join()
-            path.unlink(missing_ok=True)
+            if _owner(path) == owner:
+                path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -205,6 +219,14 @@ class RunDir:
         return f"{owner['host']}:{owner['pid']}" if alive else None
 
 
+def _owner(path: Path) -> Any | None:
+    """Who holds a lease, or None where nobody does."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 class Store:
     """All runs and all records under one home folder."""
 
@@ -219,17 +241,26 @@ class Store:
         return self.results / paper / "records" / f"{run_id}.json"
 
     def write_record(self, record: Record) -> None:
-        write_atomic(self.record_path(record.paper, record.id), record.to_json())
+        """Into the run's own folder and into results/."""
+        for path in (self.run(record.id).path / "record.json", self.record_path(record.paper, record.id)):
+            write_atomic(path, record.to_json())
 
     def records(self, paper: str) -> list[Record]:
         """Every record of a paper, by id; raises ValueError for a file that is none."""
         return [Record.load(path) for path in sorted((self.results / paper / "records").glob("*.json"))]
 
-    def relabel(self, spec: RunSpec) -> None:
-        """Add the labels of a new plan to the record of a run that is already finished."""
-        path = self.record_path(spec.paper, spec.id)
-        if path.is_file():
+    def keep_record(self, spec: RunSpec) -> None:
+        """See that a finished run's record stands in results/, with the labels of this plan beside those it has.
+
+        The run keeps a copy, so a record that was deleted or broken comes back without running again.
+        """
+        path, copy = self.record_path(spec.paper, spec.id), self.run(spec.id).path / "record.json"
+        try:
             record = Record.load(path)
-            labels = tuple(dict.fromkeys((*record.labels, *spec.labels)))
-            if labels != tuple(record.labels):
-                self.write_record(record.relabelled(labels))
+        except (FileNotFoundError, ValueError):
+            if not copy.is_file():
+                raise
+            record = Record.load(copy)
+        labels = tuple(dict.fromkeys((*record.labels, *spec.labels)))
+        if labels != tuple(record.labels) or not path.is_file():
+            self.write_record(record.relabelled(labels))

@@ -11,6 +11,7 @@ Checking imports neither torch nor lm-eval, so that a wrong task is refused befo
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -118,6 +119,23 @@ def validate_tasks(
         task = read_task(name, tasks_dir=tasks_dir)
         if needs_hub(task, data_dir=data_dir, generated=generated) and probe_hub:
             require_hub(task)
+
+
+@lru_cache(maxsize=256)
+def task_fingerprint(name: str, *, tasks_dir: Path, data_dir: Path | None) -> str:
+    """Twelve hex digits over all that a task asks: its YAML, the stock file it includes, and its local data.
+
+    Part of an evaluation's identity, so that an edited task is another run. Raises ValueError for an unknown task.
+    """
+    task = read_task(name, tasks_dir=tasks_dir)
+    files = [tasks_dir / f"{name}.yaml"]
+    files += [task.folder / f"{name}.yaml"] if task.folder != tasks_dir else []
+    if data_dir is not None:
+        files += [data_dir / file for file in task.local.values()]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes() if file.is_file() else b"").digest())
+    return digest.hexdigest()[:12]
 
 
 def needs_hub(task: TaskFile, *, data_dir: Path | None, generated: Collection[str]) -> bool:

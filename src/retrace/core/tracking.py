@@ -10,16 +10,17 @@ import logging
 import netrc
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from retrace.core.config import Tracking
 from retrace.core.identity import science
 from retrace.core.plan import RunSpec
-from retrace.core.store import RunDir
+from retrace.core.store import RunDir, write_atomic
 
 log = logging.getLogger("retrace")
+INIT_SECONDS = 20.0  # for W&B to answer
 MAX_POINTS = 60  # of a curve in a record; the whole curve stays beside the run
 
 
@@ -38,7 +39,7 @@ class Tracker:
         """Forget lines after `step`: a killed run may have logged past its last checkpoint."""
         if self._main and self._path.exists():
             kept = [line for line in _lines(self._path) if line["step"] <= step]
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """One line of metrics at a step; what is unknown (None) is left out, never written as zero."""
@@ -47,8 +48,7 @@ class Tracker:
         known = {key: value for key, value in metrics.items() if value is not None}
         with open(self._path, "a") as file:
             file.write(json.dumps({"step": step, **known}) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **known})
+        self._mirror(lambda run: run.log({"step": step, **known}))
 
     def progress(self, step: int, total: int, *, seconds_left: float | None) -> None:
         """Say how far the run is, twice a second at most."""
@@ -68,9 +68,20 @@ class Tracker:
 
     def close(self, *, summary: Mapping[str, float], exit_code: int) -> None:
         """End the W&B run with the final metrics."""
-        if self._wandb is not None:
-            self._wandb.summary.update(dict(summary))
-            self._wandb.finish(exit_code=exit_code)
+        self._mirror(lambda run: run.summary.update(dict(summary)))
+        self._mirror(lambda run: run.finish(exit_code=exit_code))
+
+    def _mirror(self, act: Callable[[Any], Any]) -> None:
+        """Tell W&B; should it fail, say so once and go on without it, since the run is worth more than its mirror."""
+        if self._wandb is None:
+            return
+        from wandb import Error
+
+        try:
+            act(self._wandb)
+        except (Error, OSError) as error:
+            log.warning("W&B failed (%s); metrics.jsonl goes on alone", error)
+            self._wandb = None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -87,9 +98,12 @@ def _thin(curve: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
 
 
 def wandb_mode(tracking: Tracking) -> str:
-    """'online', 'offline' or 'off'; auto is online with an API key and offline without."""
+    """'online', 'offline' or 'off'; auto is online with an API key and offline without, or what WANDB_MODE says."""
     if tracking.wandb != "auto":
         return tracking.wandb
+    asked = os.environ.get("WANDB_MODE")
+    if asked:
+        return {"disabled": "off"}.get(asked, asked)
     return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
 
 
@@ -109,21 +123,34 @@ def _wandb_run(run: RunDir, spec: RunSpec) -> Any | None:
 
     ablation, _, arm = spec.labels[0].partition("/") if spec.labels else ("", "", spec.id)
     os.environ.setdefault("WANDB_SILENT", "true")
-    handle = wandb.init(
-        id=spec.id,
-        name=f"{ablation}/{arm} {spec.program}",
-        group=f"{spec.paper}/{ablation}",
-        job_type=spec.program,
-        tags=[f"scale:{spec.scale}", f"seed:{spec.seed}", *sorted({label.split("/")[0] for label in spec.labels})],
-        project=spec.tracking.project,
-        entity=spec.tracking.entity,
-        config={**science(spec.config), "scale": spec.scale, "seed": spec.seed, "labels": list(spec.labels)},
-        dir=str(run.path),
-        mode="online" if mode == "online" else "offline",
-        resume="allow",
+    settings = wandb.Settings(
         # A killed process would otherwise lose up to 15 s of an offline run, its config included.
-        settings=wandb.Settings(x_transaction_log_flush_interval=0.5, console="off", x_disable_stats=True, silent=True),
+        x_transaction_log_flush_interval=0.5,
+        console="off",
+        init_timeout=INIT_SECONDS,
+        silent=True,
+        x_disable_stats=True,
     )
+    arguments: dict[str, Any] = {
+        "id": spec.id,
+        "name": f"{ablation}/{arm} {spec.program}",
+        "group": f"{spec.paper}/{ablation}",
+        "job_type": spec.program,
+        "tags": [f"scale:{spec.scale}", f"seed:{spec.seed}", *sorted({label.split("/")[0] for label in spec.labels})],
+        "project": spec.tracking.project,
+        "entity": spec.tracking.entity,
+        "config": {**science(spec.config), "scale": spec.scale, "seed": spec.seed, "labels": list(spec.labels)},
+        "dir": str(run.path),
+        "resume": "allow",
+        "settings": settings,
+    }
+    try:
+        handle = wandb.init(mode="online" if mode == "online" else "offline", **arguments)
+    except (wandb.Error, OSError) as error:
+        if mode != "online":
+            raise
+        log.warning("W&B can't be reached (%s): writing an offline run, send it later with `wandb sync`", error)
+        handle = wandb.init(mode="offline", **arguments)
     handle.define_metric("step", hidden=True)
     handle.define_metric("*", step_metric="step")
     return handle

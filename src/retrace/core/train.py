@@ -6,6 +6,7 @@ been: parameters and moments from the last good checkpoint, everything else comp
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,8 @@ def make_accelerator(ctx: Context) -> Accelerator:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world:  # Accelerate starts lone processes, silently, when it misses its variables
         raise RuntimeError(f"WORLD_SIZE is {world}, but Accelerate sees {accelerator.num_processes} process(es)")
+    if accelerator.device.type != ctx.hardware.device:  # it falls back to the CPU, as silently
+        raise RuntimeError(f"hardware.device is {ctx.hardware.device}, but torch offers {accelerator.device.type}")
     return accelerator
 
 
@@ -54,7 +57,7 @@ def fit(
     loss: LossFunction,
     cost: Cost,
 ) -> dict[str, float]:
-    """Train `model` in place for `optim.steps` updates; returns the means of the metrics over the last logged steps.
+    """Train `model` in place for `optim.steps` updates; returns the metrics of the last one.
 
     `rows(range)` gives the batch of those rows of an infinite stream; `loss(model, batch, generator)` a scalar and
     0-d metrics, with all its randomness from the generator. `cost` is that of the whole run, for progress and MFU.
@@ -108,9 +111,11 @@ def fit(
             for name, part in {"loss/total": value.detach(), **parts}.items():
                 mean = accelerator.reduce(part.float(), "mean") if world > 1 else part
                 metrics[name] = metrics.get(name, 0.0) + float(mean) / len(micro)
-        if not torch.isfinite(torch.tensor(metrics["loss/total"])):
+        if math.isfinite(metrics["loss/total"]):
+            metrics |= _clip(accelerator, groups, optim)
+        if not all(map(math.isfinite, metrics.values())):
             raise Diverged(step, last)
-        metrics |= _clip(accelerator, groups, optim)
+        last = metrics
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         now = time.monotonic()
@@ -118,7 +123,6 @@ def fit(
         rate = (done - start) / (now - began)  # updates a second, of this process' life
         ctx.tracker.progress(done, optim.steps, seconds_left=(optim.steps - done) / rate)
         if done % ctx.tracker.log_every == 0 or done == optim.steps:
-            last = metrics
             flops = cost.flops / optim.steps * rate
             speed = {
                 "speed/tokens_per_second": cost.tokens / optim.steps * rate,

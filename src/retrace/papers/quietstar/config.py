@@ -14,9 +14,11 @@ from retrace.core.config import CONFIGS, Experiment, Frozen, data_root
 from retrace.core.cost import DecoderShape
 from retrace.core.optim import Optim
 from retrace.core.paper import Stage
-from retrace.core.tasks import validate_tasks
-from retrace.papers.quietstar.corpus import CorpusConfig
+from retrace.core.tasks import task_fingerprint, validate_tasks
+from retrace.papers.quietstar.corpus import questions
+from retrace.papers.quietstar.world import CorpusConfig
 
+TASKS = CONFIGS / "quietstar" / "tasks"
 GENERATED: dict[str, Literal["arithmetic", "facts"]] = {"chains_direct": "arithmetic", "facts_direct": "facts"}
 
 
@@ -36,8 +38,8 @@ class ThoughtConfig(Frozen):
     num_thoughts: int = Field(ge=1, le=64)  # thoughts sampled per position
     use_start: bool = True
     use_end: bool = True
-    start_init: str = "---"  # text whose first token's embedding initialises START
-    end_init: str = "---"
+    start_init: str = Field("---", min_length=1)  # text whose first token's embedding initialises START
+    end_init: str = Field("---", min_length=1)
     mixing_head: MixingHead | None = MixingHead()  # None: the prediction after the thought is used as it is
     base_loss_weight: float = Field(0.5, ge=0)
     talk_loss_weight: float = Field(0.5, ge=0)
@@ -110,7 +112,7 @@ class EvalConfig(Frozen):
     """Zero-shot questions through lm-eval, and the gain by difficulty of a token (Section 5)."""
 
     tasks: tuple[str, ...]  # names of configs/quietstar/tasks/*.yaml
-    num_questions: int = Field(ge=1)  # generated for each procedural task
+    num_questions: int = Field(ge=1, le=2000)  # generated for each procedural task
     limit: int | None = Field(None, ge=1)  # items of each task; null: all
     num_windows: int = Field(ge=1)  # held-out text for the deciles of difficulty
     batch_size: int = Field(ge=1)
@@ -164,36 +166,47 @@ class EvaluateConfig(Frozen):
     model: ModelConfig
     thoughts: ThoughtConfig
     eval: EvalConfig
+    tasks: dict[str, str]  # name -> fingerprint of what the task asks
     seed: int
 
 
 def stages(config: QuietStarConfig) -> Stage:
-    """An experiment as a chain of runs: pretrain -> train -> evaluate, each shared wherever its own part is equal."""
+    """An experiment as a chain of runs: pretrain -> train -> evaluate, each shared wherever its own part is equal.
+
+    Raises ValueError for an unknown task.
+    """
     c = config
+    tasks = {name: task_fingerprint(name, tasks_dir=TASKS, data_dir=data_root()) for name in c.eval.tasks}
     base = Stage(
         "pretrain",
         PretrainConfig(
             corpus=c.corpus, model=c.model, num_windows=c.base.num_windows, optim=c.base.optim, seed=c.base.seed
         ),
+        seed=c.base.seed,
     )
     trained = Stage(
         "train",
         TrainConfig(corpus=c.corpus, model=c.model, thoughts=c.thoughts, train=c.train, seed=c.seed),
-        {"base": base},
+        seed=c.seed,
+        parents={"base": base},
     )
     return Stage(
         "evaluate",
-        EvaluateConfig(corpus=c.corpus, model=c.model, thoughts=c.thoughts, eval=c.eval, seed=c.seed),
-        {"model": trained, "base": base},
+        EvaluateConfig(corpus=c.corpus, model=c.model, thoughts=c.thoughts, eval=c.eval, tasks=tasks, seed=c.seed),
+        seed=c.seed,
+        parents={"model": trained, "base": base},
     )
 
 
 def check(config: QuietStarConfig) -> None:
-    """Raise ValueError for tasks that can't be run here: unknown, or without their data."""
+    """Raise ValueError for tasks that can't be run here: without their data, or with too few questions to ask."""
     validate_tasks(
         config.eval.tasks,
-        tasks_dir=CONFIGS / "quietstar" / "tasks",
+        tasks_dir=TASKS,
         data_dir=data_root(),
         generated=GENERATED,
         probe_hub=True,
     )
+    for name in config.eval.tasks:
+        if name in GENERATED:
+            questions(config.corpus, family=GENERATED[name], count=config.eval.num_questions)

@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retrace.core.config import CONFIGS, data_root
+from retrace.core.config import data_root
 from retrace.core.context import Context, Stopped
 from retrace.core.data import generator
 from retrace.core.evaluate import evaluate_task
 from retrace.core.scoring import PositionScorer
 from retrace.core.store import read_json, write_json
 from retrace.core.tasks import Rows
-from retrace.papers.quietstar.config import GENERATED, EvaluateConfig
+from retrace.papers.quietstar.config import GENERATED, TASKS, EvaluateConfig
 from retrace.papers.quietstar.corpus import questions
 from retrace.papers.quietstar.model import ThoughtModel
 
-TASKS = CONFIGS / "quietstar" / "tasks"
 BATCH_TOKENS = 8192
 DECILES = 10
 
@@ -65,7 +64,7 @@ def score_tasks(
         path = ctx.run.path / "tasks" / f"{name}.json"
         result = read_json(path)
         if result is None:
-            noise = _noise(config, name)
+            noise = _noise(config, name, model.trunk.device)
             scorers = {
                 "": ThoughtScorer(model, tokenizer, think=True, max_length=room, noise=noise),
                 "base": ThoughtScorer(model, tokenizer, think=False, max_length=room, noise=None),
@@ -98,9 +97,11 @@ def _generated(name: str, config: EvaluateConfig) -> Mapping[str, Rows]:
     return {name: questions(config.corpus, family=GENERATED[name], count=config.eval.num_questions)}
 
 
-def _noise(config: EvaluateConfig, purpose: str) -> torch.Generator | None:
+def _noise(config: EvaluateConfig, purpose: str, device: torch.device) -> torch.Generator | None:
     """None for greedy thoughts."""
-    return None if config.eval.thought_decoding == "greedy" else generator(config.seed, "thoughts", purpose)
+    if config.eval.thought_decoding == "greedy":
+        return None
+    return generator(config.seed, "thoughts", purpose, device=device)
 
 
 @torch.inference_mode()
@@ -113,14 +114,15 @@ def gain_by_difficulty(
     that are compared would show a gain on "hard" tokens from noise alone.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    noise = _noise(config, "deciles")
+    device = model.trunk.device
+    noise = _noise(config, "deciles", device)
     for start in range(0, len(texts["input_ids"]), config.eval.batch_size):
         if ctx.stop.is_set():
             raise Stopped("stopped in the held-out text")
         ids_BT, mask_BT = (
-            texts[key][start : start + config.eval.batch_size] for key in ("input_ids", "attention_mask")
+            texts[key][start : start + config.eval.batch_size].to(device) for key in ("input_ids", "attention_mask")
         )
-        positions_BN = torch.arange(ids_BT.shape[1] - 1).expand(len(ids_BT), -1)
+        positions_BN = torch.arange(ids_BT.shape[1] - 1, device=device).expand(len(ids_BT), -1)
         found = model.predict(ids_BT, mask_BT, positions_BN, generator=noise)
         targets_BN1 = ids_BT[:, 1:, None]
         difficulty_BNV = base(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1].log_softmax(-1)

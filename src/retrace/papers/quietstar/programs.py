@@ -84,19 +84,22 @@ def train(config: TrainConfig, ctx: Context) -> dict[str, float]:
 
 def evaluate(config: EvaluateConfig, ctx: Context) -> dict[str, float]:
     """Score the trained model with and without thoughts: tasks through lm-eval, and held-out text token by token."""
-    tokenizer = build_tokenizer()
+    if not ctx.is_main:
+        return {}  # one process is enough; the others would only repeat it
+    tokenizer, device = build_tokenizer(), ctx.hardware.device
     base = build_trunk(config.model, tokenizer, seed=config.seed)
     load_model(base, ctx.parents["base"].path / "model" / WEIGHTS)
     trunk = build_trunk(config.model, tokenizer, seed=config.seed)
     thinker = build_thinker(trunk, config.thoughts, tokenizer, seed=config.seed)
     load_model(thinker, ctx.parents["model"].path / "model" / WEIGHTS)
-    thinker.eval()
+    thinker.to(device).eval()
+    base.to(device).eval()
     used = cost.evaluate(config)
     metrics = score_tasks(thinker, tokenizer, config=config, ctx=ctx)
     texts = Windows(
         config.corpus, tokenizer, split="heldout", seed=config.corpus.world_seed, count=config.eval.num_windows
     )
-    metrics |= gain_by_difficulty(thinker, base.eval(), texts.every(), config=config, ctx=ctx)
+    metrics |= gain_by_difficulty(thinker, base, texts.every(), config=config, ctx=ctx)
     ctx.cost.update(tokens=used.tokens, flops=used.flops)
     return metrics
 
@@ -118,7 +121,7 @@ def build_trunk(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(derive_seed(seed, "trunk"))
-    return AutoModelForCausalLM.from_config(settings, torch_dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
 
 
 def build_thinker(

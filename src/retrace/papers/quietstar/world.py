@@ -50,7 +50,7 @@ class CorpusConfig(Frozen):
     )  # of the texts on numbers and facts: they state single steps, which are never held out
     aside_share: float = Field(ge=0, le=1)  # of the base split's questions, which spell their steps out
     holdout_share: float = Field(gt=0, lt=1)  # of the compositions
-    seq_len: int = Field(ge=32, le=4096)  # tokens of a training window
+    seq_len: int = Field(ge=64, le=4096)  # tokens of a training window
 
     @model_validator(mode="after")
     def _hops_are_a_range(self) -> Self:
