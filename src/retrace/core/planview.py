@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -58,23 +58,23 @@ def print_plan(specs: Sequence[RunSpec], *, store: Store, console: Console) -> N
         highlight=False,
         soft_wrap=True,
     )
+    console.print("memory: tensors of a run; its process takes about 0.6 GB more for libraries", soft_wrap=True)
     if todo and any(seconds is None for seconds in todo):
-        console.print("time '-': no run of that program is on record for this hardware yet", soft_wrap=True)
+        console.print("time '-': no run of that program and scale is on record for this hardware yet", soft_wrap=True)
 
 
 def print_status(specs: Sequence[RunSpec] | None, *, store: Store, console: Console) -> None:
     """Each run's state, reasons in full, and counts; all runs on disk where `specs` is None."""
-    labels: Mapping[str, str] = {spec.id: spec.labels[0] for spec in specs} if specs is not None else {}
-    ids = list(labels) if specs is not None else sorted(p.parent.name for p in store.runs.glob("*/config.json"))
+    labels = {spec.id: spec.labels[0] for spec in specs} if specs is not None else store.labels()
     counts: dict[str, int] = {}
-    for run_id in ids:
+    for run_id, label in labels.items():
         state = store.run(run_id).state()
         counts[state.status] = counts.get(state.status, 0) + 1
-        line = f"{_shown(state):<22} {run_id}  {labels.get(run_id, '')}  {state.reason}"
+        line = f"{_shown(state):<22} {run_id}  {label}  {state.reason}"
         console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
     total = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     console.print(
-        f"{len(ids)} runs: {total}" if ids else "no runs yet; start with `retrace run PAPER`", highlight=False
+        f"{len(labels)} runs: {total}" if labels else "no runs yet; start with `retrace run PAPER`", highlight=False
     )
 
 

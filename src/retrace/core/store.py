@@ -237,6 +237,11 @@ class Store:
     def run(self, run_id: str) -> RunDir:
         return RunDir(self.runs / run_id)
 
+    def labels(self) -> dict[str, str]:
+        """Every run on disk, by id, with the first label that asked for it."""
+        found = {path.parent.name: read_json(path) for path in sorted(self.runs.glob("*/config.json"))}
+        return {run_id: next(iter((tree or {}).get("labels", [])), "") for run_id, tree in found.items()}
+
     def record_path(self, paper: str, run_id: str) -> Path:
         return self.results / paper / "records" / f"{run_id}.json"
 
