@@ -79,6 +79,17 @@ def test_auto_is_offline_without_a_key_and_online_with_one(monkeypatch: pytest.M
     assert wandb_mode(tracking) == "online"
 
 
+def test_a_wandb_that_cannot_be_reached_costs_a_wait_and_no_run(home: Path, retrace: Run) -> None:
+    done = retrace(
+        "run", "quietstar/main", "scale=smoke", "base.optim.steps=2", "hardware.parallel_runs=1",
+        WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    logs = "".join(path.read_text() for path in home.glob("runs/*/log.txt"))
+    assert logs.count("W&B failed") == 1  # the later runs of the process do not wait again
+    assert len(list(home.glob("runs/*/wandb/offline-run-*/*.wandb"))) == 3
+
+
 def test_a_resumed_run_forgets_lines_after_its_checkpoint_and_torn_ones(home: Path) -> None:
     spec = plan(["quietstar/main"], [*TINY, "seed=0"])[0]
     run = Store(home).run(spec.id)

@@ -75,11 +75,9 @@ class Tracker:
         """Tell W&B; should it fail, say so once and go on without it, since the run is worth more than its mirror."""
         if self._wandb is None:
             return
-        from wandb import Error
-
         try:
             act(self._wandb)
-        except (Error, OSError) as error:
+        except Exception as error:  # its classes are many, not all public, and none of them is worth the run
             log.warning("W&B failed (%s); metrics.jsonl goes on alone", error)
             self._wandb = None
 
@@ -101,7 +99,7 @@ def wandb_mode(tracking: Tracking) -> str:
     """'online', 'offline' or 'off'; auto is online with an API key and offline without, or what WANDB_MODE says."""
     if tracking.wandb != "auto":
         return tracking.wandb
-    asked = os.environ.get("WANDB_MODE")
+    asked = os.environ.get("WANDB_MODE")  # a user's, or ours after a failure
     if asked:
         return {"disabled": "off"}.get(asked, asked)
     return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
@@ -146,10 +144,12 @@ def _wandb_run(run: RunDir, spec: RunSpec) -> Any | None:
     }
     try:
         handle = wandb.init(mode="online" if mode == "online" else "offline", **arguments)
-    except (wandb.Error, OSError) as error:
+    except Exception as error:  # see Tracker._mirror
+        log.warning("W&B failed (%s); this process goes on offline, send its runs later with `wandb sync`", error)
         if mode != "online":
-            raise
-        log.warning("W&B can't be reached (%s): writing an offline run, send it later with `wandb sync`", error)
+            return None
+        wandb.teardown()  # else the service holds the run's id for the online attempt
+        os.environ["WANDB_MODE"] = "offline"  # the next runs of this process shall not wait again
         handle = wandb.init(mode="offline", **arguments)
     handle.define_metric("step", hidden=True)
     handle.define_metric("*", step_metric="step")
