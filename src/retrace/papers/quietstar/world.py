@@ -45,9 +45,7 @@ class CorpusConfig(Frozen):
     max_hops: int = Field(ge=2, le=6)
     max_number: int = Field(ge=3, le=len(words.NUMBERS) - 1)  # no total of a number story exceeds it
     mixture: Mixture
-    single_share: float = Field(
-        ge=0, le=1
-    )  # of the texts on numbers and facts: they state single steps, which are never held out
+    single_share: float = Field(ge=0, le=1)  # of the texts on numbers and facts: single steps, never held out
     aside_share: float = Field(ge=0, le=1)  # of the base split's questions, which spell their steps out
     holdout_share: float = Field(gt=0, lt=1)  # of the compositions
     seq_len: int = Field(ge=64, le=4096)  # tokens of a training window
@@ -83,7 +81,7 @@ class World:
 
 @lru_cache(maxsize=8)
 def world(config: CorpusConfig) -> World:
-    """Relations are random permutations of the entities and colors are equally common: no answer is likelier."""
+    """Relations are random permutations of the entities, and colors are as equally common as their number allows."""
     rng = random.Random(f"world/{config.world_seed}")
     entities = words.ENTITIES[: config.num_entities]
     facts: dict[str, dict[str, str]] = {entity: {} for entity in entities}
