@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -80,12 +80,12 @@ def validate(schema: type[C], values: Mapping[str, Any], *, source: str) -> C:
     try:
         return schema.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        lines = [_explain(e, schema) for e in error.errors()]
+        lines = [_explain(e, schema, values) for e in error.errors()]
         raise ValueError(f"{source}: " + "; ".join(lines)) from None
 
 
-def _explain(error: Any, schema: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+def _explain(error: Any, schema: type[BaseModel], values: Mapping[str, Any]) -> str:
+    key = ".".join(_path(error["loc"], values))
     if error["type"] == "extra_forbidden":
         return f"{key}: no such key{suggest(key, list(_keys(schema)))}"
     message = error["msg"].removeprefix("Value error, ")
@@ -93,11 +93,24 @@ def _explain(error: Any, schema: type[BaseModel]) -> str:
     return f"{key}{shown}: {message[:1].lower()}{message[1:]}" if key else message
 
 
+def _path(loc: Sequence[str | int], values: Any) -> Iterator[str]:
+    """Where an error is, in the keys of the file: without pydantic's names of the members of a union."""
+    for part in loc:
+        if isinstance(values, Mapping) and part not in values and part == values.get("kind"):
+            continue
+        yield str(part)
+        inside = (
+            (isinstance(values, Mapping) and part in values) or (isinstance(values, Sequence) and isinstance(part, int))
+        )
+        values = values[part] if inside else None
+
+
 def _keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in schema.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        for member in get_args(field.annotation) or (field.annotation,):
+            if isinstance(member, type) and issubclass(member, BaseModel):
+                yield from _keys(member, f"{prefix}{name}.")
 
 
 def suggest(word: str, known: Sequence[str]) -> str:

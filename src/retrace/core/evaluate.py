@@ -132,7 +132,7 @@ def _load(file: TaskFile, *, rows: Mapping[str, Rows] | None) -> Any:
     metadata = (config.get("metadata") or {} for config in (stock, file.settings))
     settings = {**file.settings, "metadata": {key: value for part in metadata for key, value in part.items()}}
     if rows is None:
-        require_hub(file)
+        require_hub(file.name, file.hint)
     else:
         splits = {split: Dataset.from_list([dict(row) for row in part]) for split, part in rows.items()}
         settings["custom_dataset"] = lambda **_: splits

@@ -118,7 +118,7 @@ def validate_tasks(
     for name in names:
         task = read_task(name, tasks_dir=tasks_dir)
         if needs_hub(task, data_dir=data_dir, generated=generated) and probe_hub:
-            require_hub(task)
+            require_hub(task.name, task.hint)
 
 
 @lru_cache(maxsize=256)
@@ -176,15 +176,18 @@ def _read_jsonl(path: Path) -> Rows:
     return rows
 
 
-def require_hub(task: TaskFile) -> None:
-    """Raise ValueError, within seconds, where the hub does not answer: the libraries try again for most of a minute."""
+def require_hub(name: str, hint: str) -> None:
+    """Raise ValueError, within seconds, where the hub does not answer: the libraries try again for most of a minute.
+
+    `name` is what needs it, `hint` what to do without it.
+    """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return  # whoever sets it relies on the hub's cache on this machine, which answers at once
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
         _reach(endpoint)
     except ConnectionError:
-        raise ValueError(f"{task.name}: the hub at {endpoint} can't be reached; {task.hint}") from None
+        raise ValueError(f"{name}: the hub at {endpoint} can't be reached; {hint}") from None
 
 
 @lru_cache  # of answers, for a plan of many runs; a failure is an exception, and not kept

@@ -9,9 +9,8 @@ from retrace.papers.quietstar.config import (
     PretrainConfig,
     QuietStarConfig,
     TrainConfig,
-    check,
-    stages,
 )
+from retrace.papers.quietstar.stages import check, stages
 
 PAPER = Paper(
     slug="quietstar",

@@ -6,16 +6,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from retrace.core.config import CONFIGS, Experiment, Frozen, data_root
 from retrace.core.cost import DecoderShape
 from retrace.core.optim import Optim
-from retrace.core.paper import Stage
-from retrace.core.tasks import task_fingerprint, validate_tasks
-from retrace.papers.quietstar.corpus import questions
+from retrace.papers.quietstar.texts import TextCorpusConfig
 from retrace.papers.quietstar.world import CorpusConfig
 
 TASKS = CONFIGS / "quietstar" / "tasks"
@@ -60,16 +60,14 @@ class ThoughtConfig(Frozen):
         return self
 
 
-class ModelConfig(Frozen):
-    """The trunk: a decoder of transformers, trained here from scratch on the procedural corpus."""
+class ModelShape(Frozen):
+    """Sizes of a decoder; they are known before its weights are, for counting FLOPs and bytes."""
 
-    architecture: Literal["llama", "mistral", "qwen2"]
     hidden_size: int = Field(ge=8)
     num_layers: int = Field(ge=1)
     num_heads: int = Field(ge=1)
     num_kv_heads: int = Field(ge=1)
     intermediate_size: int = Field(ge=8)
-    tie_embeddings: bool  # one matrix for input embedding and output projection
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -89,6 +87,44 @@ class ModelConfig(Frozen):
             intermediate_size=self.intermediate_size,
             vocab_size=vocab_size,
         )
+
+
+class ScratchModel(ModelShape):
+    """A trunk trained here from random weights, by program `pretrain`."""
+
+    kind: Literal["scratch"]
+    architecture: Literal["llama", "mistral", "qwen2"]
+    tie_embeddings: bool  # one matrix for input embedding and output projection
+
+
+class PretrainedModel(ModelShape):
+    """A trunk that exists: a folder as transformers saves it, or a model of the hub; loading checks the sizes."""
+
+    kind: Literal["pretrained"]
+    name: str = Field(min_length=1)  # a folder, also below RETRACE_DATA, or a name on the hub
+    revision: str = Field(min_length=1)  # on the hub; a commit fixes the weights, a branch does not
+    vocab_size: int = Field(ge=1)
+
+    def folder(self) -> Path | None:
+        """Where the weights lie on this machine, None for a model of the hub."""
+        root = data_root()
+        candidates = [Path(self.name)] + ([root / self.name] if root else [])
+        return next((path for path in candidates if (path / "config.json").is_file()), None)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Twelve hex digits over a folder's file names, sizes and first mebibytes; nothing for the hub."""
+        folder = self.folder()
+        if folder is None:
+            return {}
+        digest = hashlib.sha256()
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            with open(path, "rb") as file:
+                digest.update(f"{path.name}/{path.stat().st_size}/".encode() + file.read(2**20))
+        return {self.name: digest.hexdigest()[:12]}
+
+
+Corpus = Annotated[CorpusConfig | TextCorpusConfig, Field(discriminator="kind")]
+Model = Annotated[ScratchModel | PretrainedModel, Field(discriminator="kind")]
 
 
 class BaseConfig(Frozen):
@@ -122,9 +158,9 @@ class EvalConfig(Frozen):
 class QuietStarConfig(Experiment):
     """The composed experiment, configs/quietstar/main.yaml."""
 
-    corpus: CorpusConfig
-    model: ModelConfig
-    base: BaseConfig
+    corpus: Corpus
+    model: Model
+    base: BaseConfig | None  # null: the model is pretrained
     thoughts: ThoughtConfig
     train: ContinuedConfig
     eval: EvalConfig
@@ -138,75 +174,56 @@ class QuietStarConfig(Experiment):
             )
         return self
 
+    @model_validator(mode="after")
+    def _base_is_trained_once(self) -> Self:
+        scratch, text = isinstance(self.model, ScratchModel), isinstance(self.corpus, TextCorpusConfig)
+        if scratch != (self.base is not None):
+            raise ValueError(
+                f"model.kind={self.model.kind} with base={'settings' if self.base else 'null'}: a model from scratch "
+                "needs settings in base, and a pretrained one base=null"
+            )
+        if not scratch and not text:
+            raise ValueError("corpus.kind=procedural has its own tokenizer: a pretrained model needs corpus.kind=text")
+        if isinstance(self.corpus, TextCorpusConfig):
+            if scratch != (self.corpus.vocab_size is not None):
+                raise ValueError(
+                    f"corpus.vocab_size={self.corpus.vocab_size}: expected a size for a model from scratch, and null "
+                    "for a pretrained one, which brings its tokenizer"
+                )
+            if scratch and not self.corpus.base:
+                raise ValueError("corpus.base names no text: a model from scratch needs some to be trained on")
+        return self
+
 
 class PretrainConfig(Frozen):
     """Program `pretrain`: a base model on the corpus with worked asides."""
 
-    corpus: CorpusConfig
-    model: ModelConfig
+    corpus: Corpus
+    model: ScratchModel
     num_windows: int
     optim: Optim
+    files: dict[str, str]  # local files that are read -> fingerprint
     seed: int
 
 
 class TrainConfig(Frozen):
     """Program `train`: continued training of the base with thoughts, on the corpus without asides."""
 
-    corpus: CorpusConfig
-    model: ModelConfig
+    corpus: Corpus
+    model: Model
     thoughts: ThoughtConfig
     train: ContinuedConfig
+    files: dict[str, str]
     seed: int
 
 
 class EvaluateConfig(Frozen):
     """Program `evaluate`: what the trained model does with and without its thoughts."""
 
-    corpus: CorpusConfig
-    model: ModelConfig
+    corpus: Corpus
+    model: Model
     thoughts: ThoughtConfig
     eval: EvalConfig
     tasks: dict[str, str]  # name -> fingerprint of what the task asks
+    files: dict[str, str]
     seed: int
-
-
-def stages(config: QuietStarConfig) -> Stage:
-    """An experiment as a chain of runs: pretrain -> train -> evaluate, each shared wherever its own part is equal.
-
-    Raises ValueError for an unknown task.
-    """
-    c = config
-    tasks = {name: task_fingerprint(name, tasks_dir=TASKS, data_dir=data_root()) for name in c.eval.tasks}
-    base = Stage(
-        "pretrain",
-        PretrainConfig(
-            corpus=c.corpus, model=c.model, num_windows=c.base.num_windows, optim=c.base.optim, seed=c.base.seed
-        ),
-        seed=c.base.seed,
-    )
-    trained = Stage(
-        "train",
-        TrainConfig(corpus=c.corpus, model=c.model, thoughts=c.thoughts, train=c.train, seed=c.seed),
-        seed=c.seed,
-        parents={"base": base},
-    )
-    return Stage(
-        "evaluate",
-        EvaluateConfig(corpus=c.corpus, model=c.model, thoughts=c.thoughts, eval=c.eval, tasks=tasks, seed=c.seed),
-        seed=c.seed,
-        parents={"model": trained, "base": base},
-    )
-
-
-def check(config: QuietStarConfig) -> None:
-    """Raise ValueError for tasks that can't be run here: without their data, or with too few questions to ask."""
-    validate_tasks(
-        config.eval.tasks,
-        tasks_dir=TASKS,
-        data_dir=data_root(),
-        generated=GENERATED,
-        probe_hub=True,
-    )
-    for name in config.eval.tasks:
-        if name in GENERATED:
-            questions(config.corpus, family=GENERATED[name], count=config.eval.num_questions)

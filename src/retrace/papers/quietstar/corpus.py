@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from retrace.papers.quietstar import words
+from retrace.papers.quietstar.texts import Split
 from retrace.papers.quietstar.world import Composition, CorpusConfig, Family, draw, world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Split = Literal["base", "continued", "heldout"]
 FAMILIES: tuple[Family, ...] = ("prose", "arithmetic", "facts")
 LETTERS = "ABCDE"  # of the options, which are the five colors in their order
 SENTENCES_PER_DOCUMENT = 3  # of prose, or of single facts
@@ -139,7 +139,7 @@ def questions(config: CorpusConfig, *, family: Literal["arithmetic", "facts"], c
 def windows(
     config: CorpusConfig, tokenizer: PreTrainedTokenizerBase, *, split: Split, seed: int, count: int
 ) -> list[list[int]]:
-    """The first `count` windows of a split: lists of `seq_len` token ids, padded on the right.
+    """The first `count` windows of a split: lists of at most `seq_len` token ids.
 
     Each document, within <bos> and <eos>, goes into the first of a few open windows that has room; none is split, since
     an answer without its question, or a question without its options, would teach nothing.
@@ -161,7 +161,7 @@ def windows(
             if len(open_rows) > OPEN_WINDOWS:
                 fullest = max(open_rows, key=len)
                 open_rows.remove(fullest)
-                packed.append(fullest + [tokenizer.pad_token_id] * (config.seq_len - len(fullest)))
+                packed.append(fullest)
                 if len(packed) == count:
                     return packed
     raise AssertionError("an infinite stream ended")

@@ -8,7 +8,16 @@ and the activations of one micro-batch, all in fp32.
 from __future__ import annotations
 
 from retrace.core.cost import Cost, DecoderShape
-from retrace.papers.quietstar.config import EvaluateConfig, ModelConfig, PretrainConfig, ThoughtConfig, TrainConfig
+from retrace.papers.quietstar.config import (
+    Corpus,
+    EvaluateConfig,
+    Model,
+    PretrainConfig,
+    PretrainedModel,
+    ThoughtConfig,
+    TrainConfig,
+)
+from retrace.papers.quietstar.texts import TextCorpusConfig
 from retrace.papers.quietstar.vocabulary import vocabulary
 
 TRAIN = 3.0  # a backward pass costs two forward passes
@@ -17,13 +26,16 @@ TYPICAL_ITEM_TOKENS = 64  # of a generated question; real ones are longer, and t
 ACTIVATIONS = 12  # hidden-sized tensors kept a token and layer, beside four of the MLP's size
 
 
-def shape(model: ModelConfig) -> DecoderShape:
-    return model.shape(len(vocabulary()))
+def shape(model: Model, corpus: Corpus) -> DecoderShape:
+    """Sizes of the trunk with its vocabulary."""
+    if isinstance(model, PretrainedModel):
+        return model.shape(model.vocab_size)
+    return model.shape(corpus.vocab_size or 0 if isinstance(corpus, TextCorpusConfig) else len(vocabulary()))
 
 
 def pretrain(config: PretrainConfig) -> Cost:
     """Plain next-token training."""
-    trunk, length = shape(config.model), config.corpus.seq_len
+    trunk, length = shape(config.model, config.corpus), config.corpus.seq_len
     tokens = config.optim.steps * config.optim.batch_size * length
     flops = TRAIN * trunk.forward_flops(tokens=tokens, keys=(length + 1) / 2, logits=tokens)
     return Cost(tokens, flops, _memory(trunk, config.optim.micro_batch_size * length))
@@ -31,7 +43,7 @@ def pretrain(config: PretrainConfig) -> Cost:
 
 def train(config: TrainConfig) -> Cost:
     """Continued training with thoughts; with none it is plain training."""
-    trunk, length, optim = shape(config.model), config.corpus.seq_len, config.train.optim
+    trunk, length, optim = shape(config.model, config.corpus), config.corpus.seq_len, config.train.optim
     tokens = optim.steps * optim.batch_size * length
     flops = tokens * _step_flops(trunk, config.thoughts, length)
     in_flight = optim.micro_batch_size * length * (1 + thread_tokens(config.thoughts))
@@ -40,7 +52,7 @@ def train(config: TrainConfig) -> Cost:
 
 def evaluate(config: EvaluateConfig) -> Cost:
     """Held-out text with thoughts everywhere, and the questions with thoughts at their answers."""
-    trunk, length, thoughts = shape(config.model), config.corpus.seq_len, config.thoughts
+    trunk, length, thoughts = shape(config.model, config.corpus), config.corpus.seq_len, config.thoughts
     text = config.eval.num_windows * length
     items = len(config.eval.tasks) * min(config.eval.num_questions, config.eval.limit or config.eval.num_questions)
     asked = items * TYPICAL_ITEM_TOKENS

@@ -23,6 +23,7 @@ from retrace.core.tasks import Rows
 from retrace.papers.quietstar.config import GENERATED, TASKS, EvaluateConfig
 from retrace.papers.quietstar.corpus import questions
 from retrace.papers.quietstar.model import ThoughtModel
+from retrace.papers.quietstar.world import CorpusConfig
 
 BATCH_TOKENS = 8192
 DECILES = 10
@@ -92,7 +93,7 @@ def score_tasks(
 
 def _generated(name: str, config: EvaluateConfig) -> Mapping[str, Rows]:
     """The held-out questions of a procedural task."""
-    if name not in GENERATED:
+    if name not in GENERATED or not isinstance(config.corpus, CorpusConfig):
         return {}
     return {name: questions(config.corpus, family=GENERATED[name], count=config.eval.num_questions)}
 

@@ -1,4 +1,6 @@
-"""A small word-level tokenizer, built here: the corpus's words, and characters for every other word.
+"""The two tokenizers made here: word-level for the procedural corpus, byte-level BPE for real text.
+
+The word-level one knows the corpus's words, and characters for every other word.
 
 Spaces are not tokens: "42" is the tokens 4, 2, and " A" is the token A, the same one as in "(A)". Decoding puts the
 spaces of ordinary English back. Text outside of ASCII is reduced to it, so that no text has an unknown token.
@@ -6,9 +8,10 @@ spaces of ordinary English back. Text outside of ASCII is reduced to it, so that
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from retrace.papers.quietstar.vocabulary import BOS, CONTINUED, END, EOS, PAD, PIECE, START, UNKNOWN, vocabulary
@@ -47,6 +50,37 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNKNOWN,
+        additional_special_tokens=[START, END],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `vocab_size` tokens in which every digit is a token; <bos> opens every encoded text."""
+    special = [PAD, BOS, EOS, START, END]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    found = tokenizer.get_vocab_size()
+    if found != vocab_size:
+        raise ValueError(f"corpus.vocab_size={vocab_size}: the base text gives only {found} tokens; ask for fewer")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
         additional_special_tokens=[START, END],
         clean_up_tokenization_spaces=False,
     )

@@ -38,6 +38,7 @@ class Mixture(Frozen):
 class CorpusConfig(Frozen):
     """All that decides what the procedural corpus says."""
 
+    kind: Literal["procedural"]
     world_seed: int = Field(ge=0)  # which facts hold, and which compositions are held out
     num_entities: int = Field(ge=len(words.COLORS), le=len(words.ENTITIES))
     num_relations: int = Field(ge=1, le=len(words.RELATIONS))

@@ -1,0 +1,75 @@
+"""The chain of runs that an experiment is, and what must be at hand before any of them starts."""
+
+from __future__ import annotations
+
+from retrace.core.config import data_root
+from retrace.core.paper import Stage
+from retrace.core.tasks import require_hub, task_fingerprint, validate_tasks
+from retrace.papers.quietstar.config import (
+    GENERATED,
+    TASKS,
+    EvaluateConfig,
+    PretrainConfig,
+    PretrainedModel,
+    QuietStarConfig,
+    ScratchModel,
+    TrainConfig,
+)
+from retrace.papers.quietstar.corpus import questions
+from retrace.papers.quietstar.texts import TextCorpusConfig, fingerprints
+from retrace.papers.quietstar.world import CorpusConfig
+
+
+def stages(config: QuietStarConfig) -> Stage:
+    """An experiment as a chain of runs: pretrain -> train -> evaluate, each shared wherever its own part is equal.
+
+    A pretrained model takes the place of the first run. Raises ValueError for an unknown task.
+    """
+    c = config
+    tasks = {name: task_fingerprint(name, tasks_dir=TASKS, data_dir=data_root()) for name in c.eval.tasks}
+    files = fingerprints(c.corpus) if isinstance(c.corpus, TextCorpusConfig) else {}
+    base: dict[str, Stage] = {}
+    if isinstance(c.model, ScratchModel):
+        assert c.base is not None
+        first = PretrainConfig(
+            corpus=c.corpus,
+            model=c.model,
+            num_windows=c.base.num_windows,
+            optim=c.base.optim,
+            files=files,
+            seed=c.base.seed,
+        )
+        base["base"] = Stage("pretrain", first, seed=c.base.seed)
+    else:
+        files |= c.model.fingerprints()
+    trained = Stage(
+        "train",
+        TrainConfig(corpus=c.corpus, model=c.model, thoughts=c.thoughts, train=c.train, files=files, seed=c.seed),
+        seed=c.seed,
+        parents=base,
+    )
+    last = EvaluateConfig(
+        corpus=c.corpus, model=c.model, thoughts=c.thoughts, eval=c.eval, tasks=tasks, files=files, seed=c.seed
+    )
+    return Stage("evaluate", last, seed=c.seed, parents={"model": trained, **base})
+
+
+def check(config: QuietStarConfig) -> None:
+    """Raise ValueError for what can't be run here: tasks without data or questions, text or weights out of reach."""
+    procedural = isinstance(config.corpus, CorpusConfig)
+    validate_tasks(
+        config.eval.tasks,
+        tasks_dir=TASKS,
+        data_dir=data_root(),
+        generated=GENERATED if procedural else {},
+        probe_hub=True,
+    )
+    if isinstance(config.corpus, CorpusConfig):
+        for name in config.eval.tasks:
+            if name in GENERATED:
+                questions(config.corpus, family=GENERATED[name], count=config.eval.num_questions)
+    else:
+        for source in config.corpus.every_source():
+            source.check()
+    if isinstance(config.model, PretrainedModel) and config.model.folder() is None:
+        require_hub(config.model.name, "set HF_HUB_OFFLINE=1 if it is in the hub's cache, or name a folder")
