@@ -99,8 +99,8 @@ def _path(loc: Sequence[str | int], values: Any) -> Iterator[str]:
         if isinstance(values, Mapping) and part not in values and part == values.get("kind"):
             continue
         yield str(part)
-        inside = (
-            (isinstance(values, Mapping) and part in values) or (isinstance(values, Sequence) and isinstance(part, int))
+        inside = (isinstance(values, Mapping) and part in values) or (
+            isinstance(values, Sequence) and isinstance(part, int)
         )
         values = values[part] if inside else None
 

@@ -10,7 +10,7 @@ Without the last two it is a plain language model, which transformers loads as o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -44,13 +44,16 @@ def save_pretrained(
     trunk = {name.removeprefix(TRUNK): t for name, t in found.items() if name.startswith(TRUNK)}
     model.trunk.save_pretrained(folder, state_dict=trunk)
     tokenizer.save_pretrained(folder)
-    own = {name: t.detach().contiguous().cpu() for name, t in found.items() if not name.startswith(TRUNK)}
-    save_file(own, folder / TENSORS)
-    settings = {
-        "format": FORMAT,
-        "thoughts": model.config.model_dump(mode="json"),
-        "hidden_tokens": model.blocked.tolist(),
-    }
+    own = {name: t for name, t in found.items() if not name.startswith(TRUNK)}
+    write_thoughts(folder, model.config, own, hidden_tokens=model.blocked.tolist())
+
+
+def write_thoughts(
+    folder: Path, config: ThoughtConfig, tensors: Mapping[str, Tensor], *, hidden_tokens: Sequence[int]
+) -> None:
+    """The two files that make a folder with a trunk one that thinks."""
+    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS)
+    settings = {"format": FORMAT, "thoughts": config.model_dump(mode="json"), "hidden_tokens": list(hidden_tokens)}
     write_json(folder / SETTINGS, settings)
 
 

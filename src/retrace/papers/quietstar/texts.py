@@ -115,7 +115,7 @@ class TextCorpusConfig(Frozen):
     kind: Literal["text"]
     seq_len: int = Field(ge=16, le=32768)  # tokens of a training window
     windows: Literal["packed", "spans"]  # documents end to end; or, as the paper, one random span of each document
-    vocab_size: int | None = Field(ge=300)  # of a byte-level BPE trained on `base`; null: the base brings its tokenizer
+    vocab_size: int | None = Field(ge=262)  # of a byte-level BPE trained on `base`; null: the base brings its tokenizer
     base: tuple[Source, ...] = ()
     continued: tuple[Source, ...] = Field(min_length=1)
     heldout: tuple[Source, ...] = Field(min_length=1)
