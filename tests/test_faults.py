@@ -128,11 +128,12 @@ def test_a_live_run_is_left_alone_and_a_dead_one_is_taken_over(home: Path) -> No
         assert run.state().status == "RUNNING"
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_name(home: Path, retrace: Run) -> None:
+def test_a_base_of_other_sizes_is_refused_by_name(home: Path, retrace: Run) -> None:
     assert retrace("run", "quietstar/main", *SMALL).returncode == 0
     base = next(path for path in (home / "runs").glob("*pretrain*"))
     other = plan(["quietstar/main"], [*SMALL, "model.hidden_size=32"])
     shutil.copytree(base, home / "runs" / other[0].id)
     done = retrace("run", "quietstar/main", *SMALL, "model.hidden_size=32")
     assert done.returncode == 1
-    assert "a checkpoint of another model" in done.stdout
+    assert "model.hidden_size=32" in done.stdout
+    assert "is another model, with 16" in done.stdout

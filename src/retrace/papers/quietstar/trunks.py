@@ -13,6 +13,14 @@ from retrace.papers.quietstar.texts import TextCorpusConfig
 from retrace.papers.quietstar.tokenizer import build_tokenizer, train_tokenizer
 from retrace.papers.quietstar.vocabulary import END, START
 
+SIZES = {  # the config's names, and transformers'
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+}
 MAX_POSITIONS = 4096  # of the trunks trained here; real questions spelled in characters are long
 
 
@@ -47,25 +55,18 @@ def base_tokenizer(corpus: Corpus) -> PreTrainedTokenizerBase:
 def load_base(model: Model, ctx: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that thoughts are added to, in fp32, and its tokenizer.
 
-    Raises ValueError for a pretrained model of other sizes than the config says.
+    Raises ValueError for one of other sizes than the config says.
     """
     if isinstance(model, ScratchModel):
-        return load_trunk(str(ctx.parents["base"].path / "model"))
-    trunk, tokenizer = load_trunk(str(model.folder() or model.name), revision=model.revision)
-    sizes = {
-        "hidden_size": "hidden_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
-        "intermediate_size": "intermediate_size",
-        "vocab_size": "vocab_size",
-    }
-    for key, name in sizes.items():
-        stated, found = getattr(model, key), getattr(trunk.config, name, getattr(model, key))
-        if stated != found:
-            raise ValueError(
-                f"model.{key}={stated}: {model.name} has {found}; the plan counts with it, so set it right"
-            )
+        name, revision = str(ctx.parents["base"].path / "model"), "main"
+    else:
+        name, revision = str(model.folder() or model.name), model.revision
+    trunk, tokenizer = load_trunk(name, revision=revision)
+    for key, theirs in SIZES.items():
+        stated = getattr(model, key, None)  # the vocabulary of a model from scratch is the tokenizer's
+        found = getattr(trunk.config, theirs, stated)
+        if stated is not None and stated != found:
+            raise ValueError(f"model.{key}={stated}: {name} is another model, with {found}; the plan counts with it")
     return trunk, tokenizer
 
 
