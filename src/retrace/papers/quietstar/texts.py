@@ -91,19 +91,31 @@ class HubText(Range):
     revision: str = Field(min_length=1)  # a commit fixes the text; a branch does not
 
     def documents(self) -> Iterator[str]:
-        """Texts in the order of the dataset."""
+        """Texts in the order of the dataset; raises ValueError where they can't be fetched."""
         import datasets
 
-        rows = datasets.load_dataset(
-            self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True
-        ).skip(self.start)
-        wanted = None if self.stop is None else self.stop - self.start
-        chosen = self.model_copy(update={"start": 0, "stop": wanted})
-        return Range.cut(chosen, iter(rows), name=self.dataset)
+        try:
+            rows = datasets.load_dataset(
+                self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True
+            )
+            yield from self.cut(iter(rows), name=self.dataset)
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{self.dataset}: {reason.rstrip('.')}; {self._instead}") from error
 
     def check(self) -> None:
-        """Raise ValueError, within seconds, where the hub does not answer."""
-        require_hub(self.dataset, "set HF_HUB_OFFLINE=1 if it is in the hub's cache, or name a file with kind: local")
+        """Raise ValueError where the hub does not answer, within seconds, or does not give the first document."""
+        require_hub(self.dataset, self._instead)
+        if next(self.documents(), None) is None:
+            raise ValueError(f"{self.dataset}: no document from number {self.start} on: choose another range")
+
+    @property
+    def _instead(self) -> str:
+        last = "the last" if self.stop is None else str(self.stop - 1)
+        return (
+            f"on a machine that reaches it, write documents {self.start} to {last} of split {self.split} as JSON "
+            "lines, put the file below RETRACE_DATA, and name it instead of this source: {kind: local, path: FILE.jsonl}"
+        )
 
 
 Source = Annotated[LocalText | HubText, Field(discriminator="kind")]
