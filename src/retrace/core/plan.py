@@ -112,10 +112,10 @@ def plan(targets: Sequence[str], overrides: Sequence[str] = (), *, check: bool =
         paper = load_paper(slug)
         for ablation in resolve(target):
             for arm, seed, lines in _arms(ablation, sweep):
+                if not name and _scale(ablation, lines) not in ablation.scales:
+                    continue
                 label = f"{ablation.name}/{arm}/s{seed}"
                 experiment = _compose(paper, ablation, lines)
-                if not name and experiment.scale not in ablation.scales:
-                    continue
                 if check:
                     _check(paper, experiment)
                 for spec in _runs(paper, experiment, label):
@@ -157,12 +157,25 @@ def _check(paper: Paper, experiment: Experiment) -> None:
         paper.check(experiment)
 
 
+def _scale(ablation: Ablation, overrides: Iterable[str]) -> str:
+    """The scale that an arm would run at, whether or not the arm makes sense there."""
+    slug, _, name = ablation.base.partition("/")
+    return str(compose(slug, [text for text in overrides if override_key(text) == "scale"], name=name)["scale"])
+
+
 def _compose(paper: Paper, ablation: Ablation, overrides: Iterable[str]) -> Experiment:
     slug, _, name = ablation.base.partition("/")
     if slug != paper.slug or not name:
         raise ValueError(f"{ablation.name}.yaml: base={ablation.base!r}: expected {paper.slug}/<config>")
     lines = list(overrides)
-    return validate(paper.config, compose(slug, lines, name=name), source=f"{slug}/{ablation.name}")
+    try:
+        return validate(paper.config, compose(slug, lines, name=name), source=f"{slug}/{ablation.name}")
+    except ValueError as error:
+        scale = _scale(ablation, lines)
+        if scale in ablation.scales:
+            raise
+        asked = " or ".join(ablation.scales)
+        raise ValueError(f"{slug}/{ablation.name} is asked at scale {asked}, not at {scale}: {error}") from None
 
 
 def _runs(paper: Paper, experiment: Experiment, label: str) -> Iterator[RunSpec]:

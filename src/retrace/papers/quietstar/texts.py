@@ -11,13 +11,14 @@ import hashlib
 import itertools
 import json
 import random
+import string
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from retrace.core.config import Frozen, data_root
 from retrace.core.tasks import require_hub
@@ -36,6 +37,14 @@ class Range(Frozen):
     template: str = Field("{text}", min_length=1)  # {field} stands for a field of the row; a .txt file has only {text}
     start: int = Field(0, ge=0)
     stop: int | None = Field(None, ge=1)  # the first document that is not read; null: to the end
+
+    @field_validator("template")
+    @classmethod
+    def _names_fields(cls, template: str) -> str:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        if not fields or not all(name.isidentifier() for name in fields):
+            raise ValueError("expected names of fields in braces, as in 'Q: {question}', and {{ }} for braces of text")
+        return template
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
@@ -113,8 +122,8 @@ class HubText(Range):
     def _instead(self) -> str:
         last = "the last" if self.stop is None else str(self.stop - 1)
         return (
-            f"on a machine that reaches it, write documents {self.start} to {last} of split {self.split} as JSON "
-            "lines, put the file below RETRACE_DATA, and name it instead of this source: {kind: local, path: FILE.jsonl}"
+            f"where it can be reached, write documents {self.start} to {last} of split {self.split} as JSON lines, "
+            "copy the file below RETRACE_DATA, and name it instead of this source: {kind: local, path: FILE.jsonl}"
         )
 
 
