@@ -22,9 +22,14 @@ def test_a_paper_plans_at_every_scale_the_ablations_that_are_asked_there(slug: s
 
 
 @pytest.mark.parametrize(("slug", "scale"), SCALES)
-def test_every_ablation_plans_by_name_at_every_scale_and_has_a_cost(slug: str, scale: str) -> None:
+def test_an_ablation_plans_by_name_where_it_makes_sense_and_says_so_elsewhere(slug: str, scale: str) -> None:
     for name, ablation in load_ablations(slug).items():
-        specs = plan([f"{slug}/{name}"], [f"scale={scale}", "seed=0"])
+        command = [f"{slug}/{name}"], [f"scale={scale}", "seed=0"]
+        if name == "c4" and scale in ("smoke", "laptop"):  # it names text, and theirs is generated
+            with pytest.raises(ValueError, match=f"{slug}/{name} is asked at scale paper, not at {scale}"):
+                plan(*command)
+            continue
+        specs = plan(*command)
         assert {label for spec in specs for label in spec.labels} == {f"{name}/{arm}/s0" for arm in ablation.arms}
         assert all(cost_of(spec).flops > 0 for spec in specs)
 
@@ -39,7 +44,7 @@ def test_a_claim_is_testable_only_where_its_ablation_is_asked(slug: str) -> None
 @pytest.mark.parametrize("slug", papers())
 def test_arms_of_an_ablation_are_different_experiments(slug: str) -> None:
     for name, ablation in load_ablations(slug).items():
-        specs = plan([f"{slug}/{name}"], ["scale=smoke", "seed=0"])
+        specs = plan([f"{slug}/{name}"], [f"scale={ablation.scales[0]}", "seed=0"])
         leaves = [spec for spec in specs if not any(spec.id in other.parents.values() for other in specs)]
         assert len(leaves) == len(ablation.arms), f"two arms of {name} are the same run"
 
