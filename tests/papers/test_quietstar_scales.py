@@ -14,10 +14,15 @@ from conftest import Run
 from transformers import MistralConfig, MistralForCausalLM
 
 from retrace.core.claims import load_claims
-from retrace.core.config import CONFIGS
+from retrace.core.compose import compose
+from retrace.core.config import CONFIGS, validate
 from retrace.core.record import Record
 from retrace.core.store import Store
+from retrace.core.tasks import read_task
+from retrace.papers.quietstar.config import TASKS, QuietStarConfig
+from retrace.papers.quietstar.texts import TextCorpusConfig, windows
 from retrace.papers.quietstar.tokenizer import train_tokenizer
+from retrace.papers.quietstar.trunks import base_tokenizer
 
 QUICK = ["seed=0", "tracking.wandb=off", "eval.limit=3", "eval.num_windows=4"]
 SMALL_TRUNK = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32}
@@ -97,6 +102,26 @@ def test_the_gpu_scale_runs_on_its_own_text(home: Path, retrace: Run) -> None:
     report = retrace("report", "quietstar", "--scale", "gpu")
     assert report.returncode == 0, report.stderr
     check_metrics(finished(home)["evaluate"].metrics, scale="gpu")
+
+
+@pytest.mark.slow  # a minute: all of the text is tokenised
+@pytest.mark.skipif(DATA is None, reason="RETRACE_DATA is not set: the gpu scale's own text is not here")
+def test_the_gpu_scale_asks_for_no_more_windows_than_its_text_gives() -> None:
+    experiment = validate(QuietStarConfig, compose("quietstar", ["scale=gpu"]), source="gpu")
+    corpus, base = experiment.corpus, experiment.base
+    assert isinstance(corpus, TextCorpusConfig)
+    assert base is not None
+    tokenizer = base_tokenizer(corpus)
+    wanted = {
+        "base": base.num_windows,
+        "continued": experiment.train.num_windows,
+        "heldout": experiment.eval.num_windows,
+    }
+    for split, count in wanted.items():
+        assert len(windows(corpus, tokenizer, split=split, seed=0, count=count)) == count  # type: ignore[arg-type]
+    for task in experiment.eval.tasks:
+        for answer in read_task(task, tasks_dir=TASKS).allowed or ():
+            assert len(tokenizer(answer, add_special_tokens=False).input_ids) == 1, answer
 
 
 @pytest.fixture
