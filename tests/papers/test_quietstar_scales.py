@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from retrace.core.claims import load_claims
 from retrace.core.compose import compose
 from retrace.core.config import CONFIGS, validate
+from retrace.core.plan import load_ablations
 from retrace.core.record import Record
 from retrace.core.store import Store
 from retrace.core.tasks import read_task
@@ -193,3 +195,12 @@ def test_plans_need_neither_weights_nor_network_nor_data(retrace: Run) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert "FLOPs" in done.stdout
+
+
+def test_a_report_names_as_not_run_what_the_scale_asks_and_nothing_else(home: Path, retrace: Run) -> None:
+    for scale in ("gpu", "paper", "laptop"):
+        done = retrace("report", "quietstar", "--scale", scale)
+        assert done.returncode == 0, done.stderr
+        report = (home / "results" / "quietstar" / "REPORT.md").read_text().replace("\\", "")
+        asked = [name for name, ablation in load_ablations("quietstar").items() if scale in ablation.scales]
+        assert sorted(re.findall(r"`retrace run quietstar/(\w+) scale=\w+ seed=0,1,2`", report)) == asked
