@@ -40,7 +40,7 @@ def test_sweeps_are_the_product_of_hydras_syntax_and_lists_are_no_sweeps() -> No
         (["a=(1"], "is not an override"),
         (["seed=range(0)"], "a sweep over nothing"),
         (["seed=interval(0,1)"], "sweep with a=1,2 or range(3)"),
-        (["scale=paper,laptop"], "scale=paper: no such scale for quietstar; there are: laptop, smoke"),
+        (["scale=huge,laptop"], "scale=huge: no such scale for quietstar; there are: gpu, laptop, paper, smoke"),
         (["train.optim.micro_batch_size=3"], "micro_batch_size=3 does not divide batch_size=4"),
         (["thoughts.start_init=''"], "thoughts.start_init=''"),
         (["eval.tasks=[nothing]"], "nothing: no such task; the tasks are"),

@@ -1,6 +1,6 @@
 """From an ablation file to the runs that it needs: arm x seed, at one scale, with what they build on, each run once.
 
-Targets: `<paper>/<ablation>`, `<paper>/main` (the base config alone), `<paper>` (every ablation).
+Targets: `<paper>/<ablation>`, `<paper>/main` (the base config alone), `<paper>` (every ablation asked at the scale).
 Overrides are Hydra's, with its sweep syntax, and come after an arm's own. An override of a key that an arm sets takes
 the arm's place, so sweeping the key that the arms differ in gives arms of its own, and none under false names.
 """
@@ -16,7 +16,18 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from retrace.core.compose import compose, expand_sweep, override_key
-from retrace.core.config import CONFIGS, Experiment, Frozen, Hardware, Tracking, read_yaml, suggest, validate
+from retrace.core.config import (
+    CONFIGS,
+    SCALES,
+    Experiment,
+    Frozen,
+    Hardware,
+    Scale,
+    Tracking,
+    read_yaml,
+    suggest,
+    validate,
+)
 from retrace.core.identity import run_id
 from retrace.core.paper import Paper, Stage, load_paper
 
@@ -31,6 +42,9 @@ class Ablation(Frozen):
     locus: str
     base: str  # "<paper>/<config>"
     seeds: tuple[int, ...] = Field(min_length=1)
+    scales: tuple[Scale, ...] = Field(
+        SCALES, min_length=1
+    )  # where the paper as a whole asks it; by name it always runs
     baseline: str
     arms: dict[str, tuple[str, ...]] = Field(min_length=1)
 
@@ -94,9 +108,12 @@ def plan(targets: Sequence[str], overrides: Sequence[str] = (), *, check: bool =
     sweep = expand_sweep(overrides)
     specs: dict[str, RunSpec] = {}
     for target in targets:
-        paper = load_paper(target.partition("/")[0])
+        slug, _, name = target.partition("/")
+        paper = load_paper(slug)
         for ablation in resolve(target):
             for arm, seed, lines in _arms(ablation, sweep):
+                if not name and _scale(ablation, lines) not in ablation.scales:
+                    continue
                 label = f"{ablation.name}/{arm}/s{seed}"
                 experiment = _compose(paper, ablation, lines)
                 if check:
@@ -140,12 +157,25 @@ def _check(paper: Paper, experiment: Experiment) -> None:
         paper.check(experiment)
 
 
+def _scale(ablation: Ablation, overrides: Iterable[str]) -> str:
+    """The scale that an arm would run at, whether or not the arm makes sense there."""
+    slug, _, name = ablation.base.partition("/")
+    return str(compose(slug, [text for text in overrides if override_key(text) == "scale"], name=name)["scale"])
+
+
 def _compose(paper: Paper, ablation: Ablation, overrides: Iterable[str]) -> Experiment:
     slug, _, name = ablation.base.partition("/")
     if slug != paper.slug or not name:
         raise ValueError(f"{ablation.name}.yaml: base={ablation.base!r}: expected {paper.slug}/<config>")
     lines = list(overrides)
-    return validate(paper.config, compose(slug, lines, name=name), source=f"{slug}/{ablation.name}")
+    try:
+        return validate(paper.config, compose(slug, lines, name=name), source=f"{slug}/{ablation.name}")
+    except ValueError as error:
+        scale = _scale(ablation, lines)
+        if scale in ablation.scales:
+            raise
+        asked = " or ".join(ablation.scales)
+        raise ValueError(f"{slug}/{ablation.name} is asked at scale {asked}, not at {scale}: {error}") from None
 
 
 def _runs(paper: Paper, experiment: Experiment, label: str) -> Iterator[RunSpec]:

@@ -23,11 +23,13 @@ def report(slug: str, *, scale: str, store: Store, console: Console) -> tuple[Ve
         raise ValueError(f"--scale {scale}: {slug} has no such scale; there are: {', '.join(known)}")
     ablations = load_ablations(slug)
     claims = load_claims(CONFIGS / slug / "claims.yaml", arms={name: a.arms.keys() for name, a in ablations.items()})
+    records = store.records(slug)
+    ran = {label.partition("/")[0] for record in records if record.scale == scale for label in record.labels}
     verdicts = build_report(
         paper,
         claims=claims,
-        ablations=list(ablations.values()),
-        records=store.records(slug),
+        ablations=[ablation for name, ablation in ablations.items() if scale in ablation.scales or name in ran],
+        records=records,
         scale=scale,
         now=datetime.now(UTC),
         out=store.results / slug,

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -15,6 +16,7 @@ from pydantic import Field, model_validator
 from retrace.core.config import CONFIGS, Experiment, Frozen, data_root
 from retrace.core.cost import DecoderShape
 from retrace.core.optim import Optim
+from retrace.core.tasks import require_hub
 from retrace.papers.quietstar.texts import TextCorpusConfig
 from retrace.papers.quietstar.world import CorpusConfig
 
@@ -110,6 +112,21 @@ class PretrainedModel(ModelShape):
         root = data_root()
         candidates = [Path(self.name)] + ([root / self.name] if root else [])
         return next((path for path in candidates if (path / "config.json").is_file()), None)
+
+    def check(self) -> None:
+        """Raise ValueError where the weights are neither here, nor in the hub's cache, nor to be fetched."""
+        from huggingface_hub import try_to_load_from_cache
+
+        if self.folder() is None and not try_to_load_from_cache(self.name, "config.json", revision=self.revision):
+            hint = (
+                "on a machine that reaches it, download it with `hf download`, copy the folder here, and say "
+                "model.name=FOLDER"
+            )
+            if os.environ.get("HF_HUB_OFFLINE"):
+                raise ValueError(
+                    f"{self.name}: not in the hub's cache on this machine, and HF_HUB_OFFLINE is set; {hint}"
+                )
+            require_hub(self.name, hint)
 
     def fingerprints(self) -> dict[str, str]:
         """Twelve hex digits over a folder's file names, sizes and first mebibytes; nothing for the hub."""

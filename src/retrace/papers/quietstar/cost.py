@@ -2,7 +2,7 @@
 
 FLOPs are those that the method needs: base pass shared by the thoughts of a position, each thread token once forward
 and backward, sampling forward only, each logit that a loss needs once. Memory is parameters with gradients and moments,
-and the activations of one micro-batch, all in fp32.
+and the activations of one micro-batch, all in fp32; in an evaluation, two models and what they remember of the text.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from retrace.papers.quietstar.vocabulary import vocabulary
 TRAIN = 3.0  # a backward pass costs two forward passes
 FP32 = 4
 TYPICAL_ITEM_TOKENS = 64  # of a generated question; real ones are longer, and their number is not in the config
+LOG_PROBS = 4  # rows of the vocabulary's size held a position while predictions are compared
 ACTIVATIONS = 12  # hidden-sized tensors kept a token and layer, beside four of the MLP's size
 
 
@@ -58,7 +59,7 @@ def evaluate(config: EvaluateConfig) -> Cost:
     asked = items * TYPICAL_ITEM_TOKENS
     threads = text * thread_tokens(thoughts) / thoughts.num_thoughts if thoughts.num_sampled else 0
     flops = trunk.forward_flops(tokens=text + threads + 2 * asked, keys=length / 2, logits=2 * text)
-    return Cost(text + asked, flops, _memory(trunk, config.eval.batch_size * length * (1 + thread_tokens(thoughts))))
+    return Cost(text + asked, flops, _inference_memory(trunk, thoughts, num_text=config.eval.batch_size * length))
 
 
 def thread_tokens(thoughts: ThoughtConfig) -> int:
@@ -90,3 +91,12 @@ def _memory(trunk: DecoderShape, tokens: float) -> float:
     weights = 4 * FP32 * trunk.parameters
     layer = ACTIVATIONS * trunk.hidden_size + 4 * trunk.intermediate_size
     return weights + FP32 * tokens * (trunk.num_layers * layer + trunk.vocab_size)
+
+
+def _inference_memory(trunk: DecoderShape, thoughts: ThoughtConfig, *, num_text: int) -> float:
+    """Bytes: the trained model and its base, keys and values of text and thoughts, one layer, and log-probabilities."""
+    slots = thoughts.use_start + thoughts.num_sampled + thoughts.use_end if thoughts.num_sampled else 0
+    keys = 2 * trunk.num_layers * trunk.hidden_size * trunk.num_kv_heads // trunk.num_heads
+    layer = ACTIVATIONS * trunk.hidden_size + 4 * trunk.intermediate_size
+    rows = LOG_PROBS * trunk.vocab_size
+    return FP32 * (2 * trunk.parameters + num_text * (keys * (1 + slots) + layer + rows))

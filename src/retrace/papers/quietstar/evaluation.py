@@ -1,7 +1,8 @@
 """What thoughts bring: zero-shot answers with and without them, and the gain by difficulty of a token (Section 5).
 
 Everything is measured twice on the same weights: with thoughts (the mixed prediction) and without (metrics that end in
-`_base`). Shapes: B windows, T tokens, N positions, V vocabulary.
+`_base`). Metrics that end in `_before` are the base model's, from before the continued training.
+Shapes: B windows, T tokens, N positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from retrace.core.config import data_root
 from retrace.core.context import Context, Stopped
@@ -52,7 +53,12 @@ class ThoughtScorer(PositionScorer):
 
 
 def score_tasks(
-    model: ThoughtModel, tokenizer: PreTrainedTokenizerBase, *, config: EvaluateConfig, ctx: Context
+    model: ThoughtModel,
+    base: ThoughtModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config: EvaluateConfig,
+    ctx: Context,
 ) -> dict[str, float]:
     """Every task through lm-eval; one file a task, written as the task ends, so that a killed run goes on behind it."""
     room = model.trunk.config.max_position_embeddings - model.num_thought_positions
@@ -69,6 +75,7 @@ def score_tasks(
             scorers = {
                 "": ThoughtScorer(model, tokenizer, think=True, max_length=room, noise=noise),
                 "base": ThoughtScorer(model, tokenizer, think=False, max_length=room, noise=None),
+                "before": ThoughtScorer(base, tokenizer, think=False, max_length=room, noise=None),
             }
             result = asdict(
                 evaluate_task(
@@ -107,7 +114,7 @@ def _noise(config: EvaluateConfig, purpose: str, device: torch.device) -> torch.
 
 @torch.inference_mode()
 def gain_by_difficulty(
-    model: ThoughtModel, base: PreTrainedModel, texts: Mapping[str, Tensor], *, config: EvaluateConfig, ctx: Context
+    model: ThoughtModel, base: ThoughtModel, texts: Mapping[str, Tensor], *, config: EvaluateConfig, ctx: Context
 ) -> dict[str, float]:
     """Gain in log-likelihood (nats a token) on held-out text, by decile of difficulty (Section 5.2, Fig. 7).
 
@@ -126,7 +133,7 @@ def gain_by_difficulty(
         positions_BN = torch.arange(ids_BT.shape[1] - 1, device=device).expand(len(ids_BT), -1)
         found = model.predict(ids_BT, mask_BT, positions_BN, generator=noise)
         targets_BN1 = ids_BT[:, 1:, None]
-        difficulty_BNV = base(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1].log_softmax(-1)
+        difficulty_BNV = base.predict_base(ids_BT, mask_BT, positions_BN)
         real_BN = mask_BT[:, 1:].bool()
         nll = (-x.gather(-1, targets_BN1)[..., 0][real_BN] for x in (difficulty_BNV, found.base_BNV, found.mixed_BNV))
         parts.append(tuple(nll))  # type: ignore[arg-type]
@@ -137,6 +144,7 @@ def gain_by_difficulty(
     return {
         "text/nll": float(with_thoughts.mean()),
         "text/nll_base": float(without.mean()),
+        "text/nll_before": float(difficulty.mean()),
         "text/gain": float(gain.mean()),
         **{f"text/gain_decile_{i:02d}": value for i, value in enumerate(deciles, start=1)},
         "text/gain_hard_minus_easy": deciles[-1] - easier,

@@ -82,11 +82,11 @@ def evaluate(config: EvaluateConfig, ctx: Context) -> dict[str, float]:
     if not ctx.is_main:
         return {}  # one process is enough; the others would only repeat it
     device = ctx.hardware.device
-    base, tokenizer = load_base(config.model, ctx)
-    base.to(device).eval()
+    trunk, tokenizer = load_base(config.model, ctx)
+    base = build_thinker(trunk, config.thoughts, tokenizer, seed=config.seed).to(device).eval()  # is never let think
     thinker, _ = from_pretrained(ctx.parents["model"].path / "model", dtype=torch.float32, device=device)
     used = cost.evaluate(config)
-    metrics = score_tasks(thinker, tokenizer, config=config, ctx=ctx)
+    metrics = score_tasks(thinker, base, tokenizer, config=config, ctx=ctx)
     texts = Windows(config.corpus, tokenizer, split="heldout", seed=HELDOUT_SEED, count=config.eval.num_windows)
     metrics |= gain_by_difficulty(thinker, base, texts.every(), config=config, ctx=ctx)
     ctx.cost.update(tokens=used.tokens, flops=used.flops)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from retrace.core.config import data_root
 from retrace.core.paper import Stage
-from retrace.core.tasks import require_hub, task_fingerprint, validate_tasks
+from retrace.core.tasks import task_fingerprint, validate_tasks
 from retrace.papers.quietstar.config import (
     GENERATED,
     TASKS,
@@ -71,5 +71,5 @@ def check(config: QuietStarConfig) -> None:
     else:
         for source in config.corpus.every_source():
             source.check()
-    if isinstance(config.model, PretrainedModel) and config.model.folder() is None:
-        require_hub(config.model.name, "set HF_HUB_OFFLINE=1 if it is in the hub's cache, or name a folder")
+    if isinstance(config.model, PretrainedModel):
+        config.model.check()

@@ -11,13 +11,14 @@ import hashlib
 import itertools
 import json
 import random
+import string
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from retrace.core.config import Frozen, data_root
 from retrace.core.tasks import require_hub
@@ -36,6 +37,14 @@ class Range(Frozen):
     template: str = Field("{text}", min_length=1)  # {field} stands for a field of the row; a .txt file has only {text}
     start: int = Field(0, ge=0)
     stop: int | None = Field(None, ge=1)  # the first document that is not read; null: to the end
+
+    @field_validator("template")
+    @classmethod
+    def _names_fields(cls, template: str) -> str:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        if not fields or not all(name.isidentifier() for name in fields):
+            raise ValueError("expected names of fields in braces, as in 'Q: {question}', and {{ }} for braces of text")
+        return template
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
@@ -91,19 +100,31 @@ class HubText(Range):
     revision: str = Field(min_length=1)  # a commit fixes the text; a branch does not
 
     def documents(self) -> Iterator[str]:
-        """Texts in the order of the dataset."""
+        """Texts in the order of the dataset; raises ValueError where they can't be fetched."""
         import datasets
 
-        rows = datasets.load_dataset(
-            self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True
-        ).skip(self.start)
-        wanted = None if self.stop is None else self.stop - self.start
-        chosen = self.model_copy(update={"start": 0, "stop": wanted})
-        return Range.cut(chosen, iter(rows), name=self.dataset)
+        try:
+            rows = datasets.load_dataset(
+                self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True
+            )
+            yield from self.cut(iter(rows), name=self.dataset)
+        except (OSError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{self.dataset}: {reason.rstrip('.')}; {self._instead}") from error
 
     def check(self) -> None:
-        """Raise ValueError, within seconds, where the hub does not answer."""
-        require_hub(self.dataset, "set HF_HUB_OFFLINE=1 if it is in the hub's cache, or name a file with kind: local")
+        """Raise ValueError where the hub does not answer, within seconds, or does not give the first document."""
+        require_hub(self.dataset, self._instead)
+        if next(self.documents(), None) is None:
+            raise ValueError(f"{self.dataset}: no document from number {self.start} on: choose another range")
+
+    @property
+    def _instead(self) -> str:
+        last = "the last" if self.stop is None else str(self.stop - 1)
+        return (
+            f"where it can be reached, write documents {self.start} to {last} of split {self.split} as JSON lines, "
+            "copy the file below RETRACE_DATA, and name it instead of this source: {kind: local, path: FILE.jsonl}"
+        )
 
 
 Source = Annotated[LocalText | HubText, Field(discriminator="kind")]
