@@ -1,11 +1,12 @@
 """Checkpoints: safetensors and JSON, whole or not at all, verified before they are believed.
 
-    checkpoints/step_00000120/tensors.safetensors    parameters and optimizer moments
+    checkpoints/step_00000120/tensors.safetensors    trained parameters and optimizer moments
                               state.json             step and whatever else the loop keeps
                               manifest.json          size and SHA-256 of the two
 
 A damaged one is skipped for the one before it, and said so. There is no RNG state in it: noise is a function of
-(seed, step), see `core.data`.
+(seed, step), see `core.data`. Nor is there a trace of how many processes wrote it: tensors stand in it whole, and each
+process that reads takes its part. Frozen parameters are not in it: they are as they were built.
 """
 
 from __future__ import annotations
@@ -14,21 +15,25 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from retrace.core.data import fingerprint
 from retrace.core.store import sync_folder, write_json
 
 log = logging.getLogger("retrace")
 KEEP = 2
+TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
-def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, shared ones once."""
     kept = set(model.state_dict(keep_vars=True))
     buffers = {name: tensor for name, tensor in model.named_buffers() if name in kept}
@@ -37,35 +42,85 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def save_model(model: nn.Module, path: Path) -> None:
     """The model's tensors as one safetensors file."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in model_tensors(model).items()}, path)
+    save_file(whole(model_tensors(model), keep=True), path)
 
 
 def load_model(model: nn.Module, path: Path) -> None:
     """Fill the model from `save_model`'s file; raises ValueError if it is of another model."""
-    _fill(model_tensors(model), load_file(path), path)
+    _fill(model_tensors(model), path)
 
 
 @torch.no_grad()
-def _fill(targets: dict[str, torch.Tensor], found: dict[str, torch.Tensor], path: Path) -> None:
-    wrong = sorted(set(targets) ^ set(found))
-    wrong += [name for name in targets if name in found and targets[name].shape != found[name].shape]
-    if wrong:
-        raise ValueError(f"{path}: a checkpoint of another model, it differs in {wrong[0]} and {len(wrong) - 1} more")
-    for name, target in targets.items():
-        target.copy_(found[name])
+def whole(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Sharded tensors as whole ones on the CPU, one gathered at a time; the others as they are, on the CPU.
+
+    All processes must call it together; those that do not `keep` them get an empty dict.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            found[name] = full.detach().cpu().contiguous()
+    return found
 
 
-def save(folder: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Write step_<step> under `folder` and drop all but the last `KEEP`."""
+@torch.no_grad()
+def _fill(targets: Mapping[str, Tensor], path: Path) -> None:
+    """Copy the file's tensors into those of the same names, or into the part of them that is here."""
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+        wrong = sorted(set(targets) ^ names)
+        wrong += [n for n in targets if n in names and [*targets[n].shape] != file.get_slice(n).get_shape()]
+        if wrong:
+            raise ValueError(
+                f"{path}: a checkpoint of another model, it differs in {wrong[0]} and {len(wrong) - 1} more"
+            )
+        for name, target in targets.items():
+            if isinstance(target, DTensor):
+                _fill_part(target, file.get_slice(name))
+            else:
+                target.copy_(file.get_tensor(name))
+
+
+def _fill_part(target: DTensor, rows: Any) -> None:
+    """This process's rows of a tensor that is split evenly along its first dimension, rounded up, as FSDP2 does."""
+    part = target.to_local()
+    share = -(-target.shape[0] // target.device_mesh.size())
+    start = target.device_mesh.get_local_rank() * share
+    if len(part):
+        part.copy_(rows[start : start + len(part)])
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Those of `model_tensors` that training changes."""
+    return {name: t for name, t in model_tensors(model).items() if t.requires_grad or not isinstance(t, nn.Parameter)}
+
+
+def save(
+    folder: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    write: bool = True,
+) -> None:
+    """Write step_<step> under `folder` and drop all but the last `KEEP`.
+
+    All processes must call it together, and one of them `write`s.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in trained_tensors(model).items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
+    tensors = whole(tensors, keep=write)
+    if not write:
+        return
     temporary, final = folder / ".tmp", folder / f"step_{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = {f"model.{name}": t.detach().contiguous() for name, t in model_tensors(model).items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
-    save_file(tensors, temporary / "tensors.safetensors")
-    write_json(temporary / "state.json", {**state, "step": step})
-    files = [temporary / "tensors.safetensors", temporary / "state.json"]
+    save_file(tensors, temporary / TENSORS)
+    write_json(temporary / STATE, {**state, "step": step})
+    files = [temporary / TENSORS, temporary / STATE]
     for file in files:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
@@ -77,28 +132,42 @@ def save(folder: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Op
         shutil.rmtree(old)
 
 
-def restore(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """Load the newest sound checkpoint into model and optimizer; its state, or None where there is none."""
+def newest(folder: Path) -> int:
+    """The step of the newest sound checkpoint, -1 where there is none. Damaged ones are removed: one process's task."""
     for path in sorted(folder.glob("step_*"), reverse=True):
         damage = _damage(path)
-        if damage:
-            log.warning("checkpoint %s is damaged (%s): going on from the one before it", path.name, damage)
-            shutil.rmtree(path)  # else it would count among those that are kept
-            continue
-        tensors = load_file(path / "tensors.safetensors")
-        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            parts[kind][rest] = tensor
-        _fill(model_tensors(model), parts["model"], path)
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
-            index, _, key = name.partition(".")
-            moments.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        return state
-    return None
+        if damage is None:
+            return int(path.name.removeprefix("step_"))
+        log.warning("checkpoint %s is damaged (%s): going on from the one before it", path.name, damage)
+        shutil.rmtree(path)  # else it would count among those that are kept
+    return -1
+
+
+def restore(folder: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load the checkpoint of a step into model and optimizer; its state."""
+    path = folder / f"step_{step:08d}"
+    moments = _moments(optimizer, path / TENSORS)
+    targets = {f"model.{name}": tensor for name, tensor in trained_tensors(model).items()}
+    for index, tensors in moments.items():
+        targets |= {f"optimizer.{index}.{key}": tensor for key, tensor in tensors.items()}
+    _fill(targets, path / TENSORS)
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    return state
+
+
+def _moments(optimizer: torch.optim.Optimizer, path: Path) -> dict[int, dict[str, Tensor]]:
+    """Room for the moments in the file, sharded like the parameters that they belong to."""
+    parameters = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    found: dict[int, dict[str, Tensor]] = {}
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  # it is no dict
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                for parameter in parameters[int(index) :][:1]:  # of another model, it may not be there
+                    room = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
+                    found.setdefault(int(index), {})[key] = room
+    return found
 
 
 def _damage(path: Path) -> str | None:

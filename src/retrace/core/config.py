@@ -11,10 +11,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Scale = Literal["smoke", "laptop", "gpu", "paper"]
 SCALES: tuple[Scale, ...] = ("smoke", "laptop", "gpu", "paper")
@@ -41,8 +41,17 @@ class Hardware(Placement):
     processes: int = Field(ge=1)  # Accelerate processes in one run
     threads: int = Field(ge=1)  # CPU threads of one process
     parallel_runs: int | None = Field(ge=1)  # runs side by side on one machine; null: one for each `threads` cores
+    shard: bool  # weights, gradients and moments are split over the processes (FSDP2), or whole in each (DDP)
+    activation_checkpointing: bool  # keep a layer's input only, and compute the layer again in the backward pass
     peak_flops: float | None = Field(gt=0)  # of one process, in the dtype used; null: unknown, so MFU is unknown
+    planned_mfu: float | None = Field(gt=0, le=1)  # share of the peak to plan with where nothing was measured yet
     checkpoint_seconds: float = Field(ge=0)  # least time between two checkpoints of a run
+
+    @model_validator(mode="after")
+    def _something_to_share(self) -> Self:
+        if self.shard and self.processes == 1:
+            raise ValueError("shard=true with processes=1: nothing is shared; set processes to the number of GPUs")
+        return self
 
     @property
     def slots(self) -> int:

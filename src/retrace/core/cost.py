@@ -1,7 +1,7 @@
 """FLOPs, memory, time: what a run needs, from its config alone (no torch), and what it reached.
 
 Unknown stays None: a machine without a stated peak has no MFU, and a run whose like was never measured has no expected
-time.
+time, unless the machine's YAML assumes a share of its peak.
 """
 
 from __future__ import annotations
@@ -10,16 +10,68 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from retrace.core.config import Hardware
+from retrace.core.optim import Precision
 from retrace.core.record import Record
+
+FP32, BF16 = 4, 2
+KEPT: dict[Precision, int] = {"fp32": FP32, "fp32_master": FP32, "pure_bf16": BF16}  # bytes that the optimizer keeps
+COMPUTED: dict[Precision, int] = {"fp32": FP32, "fp32_master": BF16, "pure_bf16": BF16}  # bytes that a step uses
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a run's tensors, by what they grow with: the model (`state`), or a micro-batch (`activations`).
+
+    `trained` of the `parameters` have gradients and two moments. A step that runs the model several times before its
+    backward pass (`several_passes`) has the gradients of all layers in hand at once, beside those that are kept.
+    """
+
+    parameters: int
+    trained: int
+    precision: Precision
+    activations: float  # kept for the backward pass of one micro-batch
+    checkpointed: float  # the same, with activation checkpointing
+    micro_batches: int = 1  # in one update, over all processes
+    several_passes: bool = False
+
+    def state(self, hardware: Hardware) -> float:
+        """Bytes in one process: weights, gradients, moments, and what stands beside them while a step computes."""
+        kept, used = KEPT[self.precision], COMPUTED[self.precision]
+        total = kept * (self.parameters + 3 * self.trained)
+        passing = used * self.trained if self.several_passes else 0
+        accumulates = self.micro_batches > hardware.processes
+        if hardware.shard:  # beside its part: gathered weights, and gradients that are whole until they are reduced
+            waiting = kept * self.trained if accumulates else 0
+            return total / hardware.processes + used * self.parameters + passing + waiting
+        if used < kept:
+            return total + used * self.parameters + passing
+        return total + (passing if accumulates or hardware.processes > 1 else 0)  # else they become those that are kept
 
 
 @dataclass(frozen=True)
 class Cost:
-    """`tokens`: text tokens trained on or scored. `flops`: model FLOPs, forward and backward. `memory`: peak bytes."""
+    """`tokens`: text tokens trained on or scored. `flops`: model FLOPs, forward and backward.
+
+    `shared`: whether a run's processes share the work; if not, one does it, whole, and the others are idle.
+    """
 
     tokens: int
     flops: float
-    memory: float
+    memory: Memory
+    shared: bool = True
+
+    def state_bytes(self, hardware: Hardware) -> float:
+        """Bytes in one process that stay: weights, gradients, moments."""
+        return self.memory.state(hardware if self.shared else _alone(hardware))
+
+    def activation_bytes(self, hardware: Hardware) -> float:
+        """Bytes in one process that come and go with each micro-batch."""
+        return self.memory.checkpointed if hardware.activation_checkpointing else self.memory.activations
+
+
+def _alone(hardware: Hardware) -> Hardware:
+    return hardware.model_copy(update={"processes": 1, "shard": False})
 
 
 @dataclass(frozen=True)
@@ -71,10 +123,22 @@ def measured_rates(records: Iterable[Record], *, hardware: str, scale: str) -> d
     return {program: median(values) for program, values in rates.items()}
 
 
-def expected_seconds_of(cost: Cost, program: str, rates: dict[str, float]) -> float | None:
-    """Seconds that a run of this program should take, from runs that were measured; None without any."""
-    rate = rates.get(program)
-    return None if rate is None else cost.flops / rate
+@dataclass(frozen=True)
+class Expected:
+    """Seconds that a run should take; `measured` on runs like it, or else planned from an assumed share of the peak."""
+
+    seconds: float
+    measured: bool
+
+
+def expected_time(cost: Cost, program: str, rates: dict[str, float], hardware: Hardware) -> Expected | None:
+    """From runs of this program that were measured; else from the hardware's peak and planned MFU; else None."""
+    if program in rates:
+        return Expected(cost.flops / rates[program], measured=True)
+    if hardware.peak_flops is None or hardware.planned_mfu is None:
+        return None
+    workers = hardware.processes if cost.shared else 1
+    return Expected(cost.flops / (workers * hardware.peak_flops * hardware.planned_mfu), measured=False)
 
 
 def makespan(seconds: Sequence[float | None], slots: int) -> float | None:

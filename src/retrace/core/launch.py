@@ -72,7 +72,9 @@ class Worker:
         if hardware.device == "cpu":  # `--cpu` starts a single process; this is what really gives several
             self._environment["ACCELERATE_USE_CPU"] = "true"
         process = self._start(command)
-        output, _ = process.communicate()
+        assert process.stdout is not None
+        output = process.stdout.read()  # `communicate` would take the lines on stderr away from `_drain`
+        process.wait()
         self._process = None
         status, _, reason = output.strip().rpartition("\n")[2].partition(" ")
         if status not in (*FINISHED, "FAILED", "STOPPED", "BUSY"):

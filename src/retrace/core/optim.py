@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from retrace.core.config import Frozen
 
+Precision = Literal["fp32", "fp32_master", "pure_bf16"]  # see core/precision.py
+
 
 class Optim(Frozen):
     """AdamW over `steps` updates of a global batch of `batch_size` sequences."""
@@ -26,6 +28,7 @@ class Optim(Frozen):
     epsilon: float = Field(1e-8, gt=0)
     clip_norm: float = Field(gt=0)
     clip: Literal["global", "per_group"]  # the norm that is clipped: of all gradients, or of each parameter group
+    precision: Precision  # of weights, gradients and moments; it moves numbers, so it is part of a run's identity
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> Self:
@@ -35,6 +38,15 @@ class Optim(Frozen):
                 "choose one that does"
             )
         return self
+
+    def check_processes(self, processes: int, *, key: str) -> None:
+        """Raise ValueError, naming `key`, where processes would get different numbers of micro-batches."""
+        per_round = self.micro_batch_size * processes
+        if self.batch_size % per_round:
+            raise ValueError(
+                f"{key}.batch_size={self.batch_size} does not divide into micro-batches of {self.micro_batch_size} on "
+                f"{processes} processes: choose {key}.micro_batch_size so that {per_round} becomes a divisor of it"
+            )
 
     def factor(self, step: int) -> float:
         """Learning rate at update `step` (from 0) as a share of its peak."""

@@ -7,20 +7,24 @@ been: parameters and moments from the last good checkpoint, everything else comp
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from retrace.core import checkpoint
+from retrace.core import checkpoint, parallel
 from retrace.core.context import Context, Diverged, Stopped
 from retrace.core.cost import Cost, mfu
 from retrace.core.data import derive_seed, generator, micro_batches
 from retrace.core.optim import Optim
+from retrace.core.precision import KEPT, cast_parameters
 
 Batch = Mapping[str, Tensor]
 LossFunction = Callable[[nn.Module, Batch, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
@@ -34,17 +38,6 @@ class Group:
     parameters: Sequence[nn.Parameter]
     learning_rate: float
     weight_decay: float
-
-
-def make_accelerator(ctx: Context) -> Accelerator:
-    """Accelerate on the device that the hardware config names; fails if ranks do not find each other."""
-    accelerator = Accelerator(cpu=ctx.hardware.device == "cpu")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != world:  # Accelerate starts lone processes, silently, when it misses its variables
-        raise RuntimeError(f"WORLD_SIZE is {world}, but Accelerate sees {accelerator.num_processes} process(es)")
-    if accelerator.device.type != ctx.hardware.device:  # it falls back to the CPU, as silently
-        raise RuntimeError(f"hardware.device is {ctx.hardware.device}, but torch offers {accelerator.device.type}")
-    return accelerator
 
 
 def fit(
@@ -64,33 +57,33 @@ def fit(
 
     Raises `Diverged` when the loss is not finite, `Stopped` (after a checkpoint) when the context asks to stop.
     """
-    accelerator = make_accelerator(ctx)
-    optimizer = torch.optim.AdamW(
-        [{"params": list(g.parameters), "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in groups],
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.epsilon,
-    )
-    folder = ctx.run.path / "checkpoints"
+    if ctx.hardware.activation_checkpointing:
+        _checkpoint_activations(model)
+    cast_parameters(model, KEPT[optim.precision])
+    accelerator = parallel.make_accelerator(ctx.hardware, model=model, precision=optim.precision)
+    if not ctx.hardware.shard:
+        model.to(accelerator.device)  # sharding moves layer by layer: no GPU need ever hold the whole model
     inner = model
-    model.to(accelerator.device)
-    state = checkpoint.restore(folder, model=inner, optimizer=optimizer) or {"step": 0, "seconds": 0.0, "last": {}}
-    model, optimizer = accelerator.prepare(model, optimizer)
-    ctx.tracker.resume(state["step"])
+    model, optimizer = parallel.prepare(accelerator, model, _adamw(groups, optim))
     rank, world = accelerator.process_index, accelerator.num_processes
+    folder = ctx.run.path / "checkpoints"
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "last": {}}
+    found = parallel.from_main(accelerator, checkpoint.newest(folder) if accelerator.is_main_process else -1)
+    if found >= 0:
+        state = checkpoint.restore(folder, step=found, model=inner, optimizer=optimizer)
+    ctx.tracker.resume(state["step"])
     began, spent, start = time.monotonic(), state["seconds"], state["step"]
     saved, last = began, dict(state["last"])
 
     def save(step: int) -> None:
-        if accelerator.is_main_process:
-            seconds = spent + time.monotonic() - began
-            checkpoint.save(
-                folder, step=step, model=inner, optimizer=optimizer.optimizer, state={"seconds": seconds, "last": last}
-            )
+        kept = {"seconds": spent + time.monotonic() - began, "last": last}
+        checkpoint.save(
+            folder, step=step, model=inner, optimizer=optimizer, state=kept, write=accelerator.is_main_process
+        )
         accelerator.wait_for_everyone()
 
     model.train()
     for step in range(start, optim.steps):
-        torch.manual_seed(derive_seed(ctx.seed, "dropout", step, rank))
         for group, setting in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = setting.learning_rate * optim.factor(step)
         micro = list(
@@ -102,17 +95,19 @@ def fit(
                 num_processes=world,
             )
         )
-        metrics: dict[str, float] = {}
-        for index, chosen in micro:
+        parts: list[dict[str, float]] = []
+        for number, (index, chosen) in enumerate(micro, start=1):
             batch = {name: tensor.to(accelerator.device) for name, tensor in rows(chosen).items()}
             noise = generator(ctx.seed, "noise", step, index, device=accelerator.device)
-            value, parts = loss(model, batch, noise)
-            accelerator.backward(value / len(micro))
-            for name, part in {"loss/total": value.detach(), **parts}.items():
-                mean = accelerator.reduce(part.float(), "mean") if world > 1 else part
-                metrics[name] = metrics.get(name, 0.0) + float(mean) / len(micro)
+            torch.manual_seed(derive_seed(ctx.seed, "dropout", step, index))
+            with parallel.micro_step(accelerator, model, precision=optim.precision, last=number == len(micro)):
+                value, seen = loss(model, batch, noise)
+                accelerator.backward(value / len(micro))
+            parts.append(_numbers({"loss/total": value, **seen}))
+        parallel.release(inner)
+        metrics = _means(parts if world == 1 else gather_object(parts))
         if math.isfinite(metrics["loss/total"]):
-            metrics |= _clip(accelerator, groups, optim)
+            metrics |= _clip(accelerator, optimizer, groups, optim)
         if not all(map(math.isfinite, metrics.values())):
             raise Diverged(step, last)
         last = metrics
@@ -130,8 +125,9 @@ def fit(
                 "optim/lr": optim.learning_rate * optim.factor(step),
             }
             ctx.tracker.log(done, {**metrics, **speed})
-        stopping = _agree(accelerator, ctx.stop.is_set())
-        if stopping or (done < optim.steps and now - saved >= ctx.hardware.checkpoint_seconds):
+        due = done < optim.steps and now - saved >= ctx.hardware.checkpoint_seconds
+        stopping, saving = parallel.any_process(accelerator, ctx.stop.is_set(), due)
+        if stopping or saving:
             save(done)
             saved = time.monotonic()
         if stopping:
@@ -146,20 +142,45 @@ def fit(
     return last
 
 
-def _clip(accelerator: Accelerator, groups: Sequence[Group], optim: Optim) -> dict[str, float]:
+def _adamw(groups: Sequence[Group], optim: Optim) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        [{"params": list(g.parameters), "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in groups],
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.epsilon,
+        fused=True,  # rounds once where it stores, which matters in bf16; and the same on every device
+    )
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    """Keep the inputs of a transformers model's layers for the backward pass, and compute the rest again there."""
+    for module in model.modules():
+        if hasattr(module, "activation_checkpointing_enable"):
+            module.activation_checkpointing_enable()  # type: ignore[operator]
+            return
+    raise ValueError(
+        f"hardware.activation_checkpointing=true: {type(model).__name__} holds no model of transformers, whose layers "
+        "can be computed again; use false"
+    )
+
+
+def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """0-d tensors as numbers, with one wait for the device."""
+    values = torch.stack([tensor.detach().double() for tensor in tensors.values()])
+    return dict(zip(tensors, values.tolist(), strict=True))
+
+
+def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each metric over the micro-batches that have it, of all processes: one of padding alone has no rewards."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: fmean(part[name] for part in parts if name in part) for name in names}
+
+
+def _clip(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, groups: Sequence[Group], optim: Optim
+) -> dict[str, float]:
     """Clip in place, all gradients together or group by group; the norms before clipping."""
+    parameters = {g.name: p["params"] for g, p in zip(groups, optimizer.param_groups, strict=True)}
     if optim.clip == "global":
-        together = [p for group in groups for p in group.parameters]
-        return {"grad_norm/all": float(accelerator.clip_grad_norm_(together, optim.clip_norm))}
-    return {
-        f"grad_norm/{group.name}": float(accelerator.clip_grad_norm_(group.parameters, optim.clip_norm))
-        for group in groups
-    }
-
-
-def _agree(accelerator: Accelerator, wish: bool) -> bool:
-    """Whether any process was asked to stop."""
-    if accelerator.num_processes == 1:
-        return wish
-    flag = torch.tensor(float(wish), device=accelerator.device)
-    return bool(accelerator.reduce(flag, "sum") > 0)
+        parameters = {"all": [p for chosen in parameters.values() for p in chosen]}
+    norms = {name: accelerator.clip_grad_norm_(chosen, optim.clip_norm) for name, chosen in parameters.items()}
+    return {f"grad_norm/{name}": float(n.full_tensor() if isinstance(n, DTensor) else n) for name, n in norms.items()}

@@ -39,13 +39,14 @@ class ThoughtState:
     links: dict[int, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
 class ThoughtPass:
-    """One pass: the text (`num_new` 0), or the next `num_new` tokens of every thread after `num_done` earlier ones."""
+    """One pass: the text (`num_new` 0), or the next `num_new` tokens of every thread after `num_done` earlier ones.
 
-    state: ThoughtState
-    num_done: int
-    num_new: int
+    No dataclass: FSDP2 looks for tensors in those that a layer is given, and gives the layer copies of them.
+    """
+
+    def __init__(self, state: ThoughtState, num_done: int, num_new: int) -> None:
+        self.state, self.num_done, self.num_new = state, num_done, num_new
 
 
 def install(trunk: PreTrainedModel) -> None:

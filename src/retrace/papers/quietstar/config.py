@@ -152,13 +152,31 @@ class BaseConfig(Frozen):
     optim: Optim
 
 
+class Lora(Frozen):
+    """Low-rank adapters beside the trunk's linear layers, which themselves stay as they are (arXiv 2106.09685)."""
+
+    rank: int = Field(ge=1)
+    alpha: int = Field(ge=1)  # the adapters' product counts alpha / rank times
+    target_modules: tuple[str, ...] = Field(min_length=1)  # last parts of the layers' names, such as q_proj
+
+
 class ContinuedConfig(Frozen):
     """Continued training with thoughts (Section 4.6): one learning rate for each kind of parameter."""
 
     num_windows: int = Field(ge=1)
-    optim: Optim  # its learning_rate is the trunk's
+    lora: Lora | None  # null: every weight of the trunk is trained, as in the paper
+    optim: Optim  # its learning_rate is the trunk's, or the adapters'
     mixing_head_learning_rate: float = Field(gt=0)
     meta_learning_rate: float = Field(gt=0)  # of the START and END embeddings
+
+    @model_validator(mode="after")
+    def _adapters_are_not_rounded_away(self) -> Self:
+        if self.lora is not None and self.optim.precision == "pure_bf16":
+            raise ValueError(
+                "lora with optim.precision=pure_bf16: merged into bf16 weights, most of what adapters add is rounded "
+                "away; use fp32_master"
+            )
+        return self
 
 
 class EvalConfig(Frozen):
@@ -169,6 +187,7 @@ class EvalConfig(Frozen):
     limit: int | None = Field(None, ge=1)  # items of each task; null: all
     num_windows: int = Field(ge=1)  # held-out text for the deciles of difficulty
     batch_size: int = Field(ge=1)
+    precision: Literal["fp32", "bf16"]  # of the weights and of the computation; softmax and sampling are in fp32
     thought_decoding: Literal["greedy", "sample"]
 
 

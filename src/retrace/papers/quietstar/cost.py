@@ -1,16 +1,19 @@
 """What each program costs, from its config: the counting of Section 6 of the specification, without torch.
 
 FLOPs are those that the method needs: base pass shared by the thoughts of a position, each thread token once forward
-and backward, sampling forward only, each logit that a loss needs once. Memory is parameters with gradients and moments,
-and the activations of one micro-batch, all in fp32; in an evaluation, two models and what they remember of the text.
+and backward, sampling forward only, each logit that a loss needs once; what activation checkpointing computes again is
+not counted. Memory is parameters with gradients and moments, and the activations of one micro-batch; in an evaluation,
+two models and what they remember of the text.
 """
 
 from __future__ import annotations
 
-from retrace.core.cost import Cost, DecoderShape
+from retrace.core.cost import BF16, COMPUTED, FP32, Cost, DecoderShape, Memory
+from retrace.core.optim import Optim
 from retrace.papers.quietstar.config import (
     Corpus,
     EvaluateConfig,
+    Lora,
     Model,
     PretrainConfig,
     PretrainedModel,
@@ -20,11 +23,14 @@ from retrace.papers.quietstar.config import (
 from retrace.papers.quietstar.texts import TextCorpusConfig
 from retrace.papers.quietstar.vocabulary import vocabulary
 
-TRAIN = 3.0  # a backward pass costs two forward passes
-FP32 = 4
+TRAIN, ADAPT = 3.0, 2.0  # forward and backward in forward passes; frozen weights need no gradients of their own
 TYPICAL_ITEM_TOKENS = 64  # of a generated question; real ones are longer, and their number is not in the config
 LOG_PROBS = 4  # rows of the vocabulary's size held a position while predictions are compared
-ACTIVATIONS = 12  # hidden-sized tensors kept a token and layer, beside four of the MLP's size
+KEPT_HIDDEN = {FP32: 8, BF16: 11}  # hidden-sized tensors kept a token and layer; in bf16, norms keep copies in fp32
+AGAIN_HIDDEN = {FP32: 2, BF16: 5}  # with activation checkpointing: the input, and what computing again leaves behind
+KEPT_MLP, PASSING_MLP = 4, 2  # tensors of the MLP's size kept a token and layer, and those of its backward pass
+MIXED_HIDDEN = 9  # hidden-sized tensors kept a token that is scored after a thought: the mixing head's, and the loss's
+LOGITS = 2**21  # alive at a time, and as many log-probabilities and gradients
 
 
 def shape(model: Model, corpus: Corpus) -> DecoderShape:
@@ -39,16 +45,20 @@ def pretrain(config: PretrainConfig) -> Cost:
     trunk, length = shape(config.model, config.corpus), config.corpus.seq_len
     tokens = config.optim.steps * config.optim.batch_size * length
     flops = TRAIN * trunk.forward_flops(tokens=tokens, keys=(length + 1) / 2, logits=tokens)
-    return Cost(tokens, flops, _memory(trunk, config.optim.micro_batch_size * length))
+    parameters = trunk.parameters
+    return Cost(tokens, flops, _training(trunk, config.optim, length, parameters, parameters, thoughts=None))
 
 
 def train(config: TrainConfig) -> Cost:
     """Continued training with thoughts; with none it is plain training."""
     trunk, length, optim = shape(config.model, config.corpus), config.corpus.seq_len, config.train.optim
+    thoughts, lora = config.thoughts, config.train.lora
     tokens = optim.steps * optim.batch_size * length
-    flops = tokens * _step_flops(trunk, config.thoughts, length)
-    in_flight = optim.micro_batch_size * length * (1 + thread_tokens(config.thoughts))
-    return Cost(tokens, flops, _memory(trunk, in_flight))
+    flops = tokens * _step_flops(trunk, thoughts, length, train=ADAPT if lora else TRAIN)
+    own = own_parameters(trunk, thoughts)
+    trained = own + (adapter_parameters(trunk, lora) if lora else trunk.parameters)
+    parameters = trunk.parameters + (trained if lora else own)
+    return Cost(tokens, flops, _training(trunk, optim, length, parameters, trained, thoughts=thoughts))
 
 
 def evaluate(config: EvaluateConfig) -> Cost:
@@ -59,7 +69,8 @@ def evaluate(config: EvaluateConfig) -> Cost:
     asked = items * TYPICAL_ITEM_TOKENS
     threads = text * thread_tokens(thoughts) / thoughts.num_thoughts if thoughts.num_sampled else 0
     flops = trunk.forward_flops(tokens=text + threads + 2 * asked, keys=length / 2, logits=2 * text)
-    return Cost(text + asked, flops, _inference_memory(trunk, thoughts, num_text=config.eval.batch_size * length))
+    kept = _inference(trunk, thoughts, num_text=config.eval.batch_size * length, bf16=config.eval.precision == "bf16")
+    return Cost(text + asked, flops, kept, shared=False)
 
 
 def thread_tokens(thoughts: ThoughtConfig) -> int:
@@ -71,32 +82,88 @@ def thread_tokens(thoughts: ThoughtConfig) -> int:
     )
 
 
-def _step_flops(trunk: DecoderShape, thoughts: ThoughtConfig, length: int) -> float:
+def own_parameters(trunk: DecoderShape, thoughts: ThoughtConfig) -> int:
+    """Parameters beside the trunk's: START, END and the mixing head."""
+    if thoughts.num_sampled == 0:
+        return 0
+    head, size = thoughts.mixing_head, trunk.hidden_size
+    between = 0 if head is None else 2 * size * size + (head.num_layers - 2) * size * size
+    return between + (thoughts.use_start + thoughts.use_end) * size
+
+
+def adapter_parameters(trunk: DecoderShape, lora: Lora) -> int:
+    """Parameters of the adapters; layers of unknown names count as square ones."""
+    size, mlp, kv = (
+        trunk.hidden_size,
+        trunk.intermediate_size,
+        trunk.hidden_size * trunk.num_kv_heads // trunk.num_heads,
+    )
+    both = {
+        "k_proj": size + kv,
+        "v_proj": size + kv,
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), size + mlp),
+    }
+    return trunk.num_layers * lora.rank * sum(both.get(name, 2 * size) for name in lora.target_modules)
+
+
+def _step_flops(trunk: DecoderShape, thoughts: ThoughtConfig, length: int, *, train: float) -> float:
     """FLOPs of a training step for each of its text tokens."""
     keys = (length + 1) / 2
     base = trunk.forward_flops(tokens=1, keys=keys, logits=1)
     if thoughts.num_sampled == 0:
-        return TRAIN * base
+        return train * base
     threads = thread_tokens(thoughts)
     slots = threads / thoughts.num_thoughts
     scored = thoughts.num_thoughts * (thoughts.num_sampled + thoughts.num_true)
     differentiable = base + trunk.forward_flops(tokens=threads, keys=keys + slots / 2, logits=scored)
     drawn = thoughts.num_thoughts * thoughts.num_sampled
     sampling = base + trunk.forward_flops(tokens=drawn, keys=keys + slots / 2, logits=drawn)
-    return TRAIN * differentiable + sampling
+    return train * differentiable + sampling
 
 
-def _memory(trunk: DecoderShape, tokens: float) -> float:
-    """Bytes: weights, gradients and two moments, and the activations of the tokens in flight."""
-    weights = 4 * FP32 * trunk.parameters
-    layer = ACTIVATIONS * trunk.hidden_size + 4 * trunk.intermediate_size
-    return weights + FP32 * tokens * (trunk.num_layers * layer + trunk.vocab_size)
+def _training(
+    trunk: DecoderShape, optim: Optim, length: int, parameters: int, trained: int, *, thoughts: ThoughtConfig | None
+) -> Memory:
+    """What a micro-batch keeps for its backward pass: a token and layer, a token that is scored, the vocabulary."""
+    size, text = COMPUTED[optim.precision], optim.micro_batch_size * length
+    tokens = text * (1 + (thread_tokens(thoughts) if thoughts else 0))
+    hidden, vocabulary = trunk.hidden_size, trunk.vocab_size * trunk.hidden_size
+    keys = 2 * hidden * trunk.num_kv_heads // trunk.num_heads * (size + FP32)  # bytes, and of their gradients, in fp32
+    layer = size * (KEPT_HIDDEN[size] * hidden + KEPT_MLP * trunk.intermediate_size) + keys
+    again = size * AGAIN_HIDDEN[size] * hidden + keys
+    if thoughts is None:
+        largest, scored = (
+            text,
+            text * trunk.vocab_size * (size + 3 * FP32),
+        )  # logits, and three times their size in fp32
+    else:
+        largest = text * max(1, thoughts.num_thoughts * (thoughts.use_end + thoughts.num_true))  # the last pass
+        spoken = text * thoughts.num_thoughts * thoughts.num_true
+        chunk = min(LOGITS, spoken * trunk.vocab_size)
+        scored = size * (MIXED_HIDDEN * hidden * spoken + 3 * vocabulary) + FP32 * (vocabulary + 3 * chunk)
+    one_layer = largest * (layer + size * PASSING_MLP * trunk.intermediate_size)
+    return Memory(
+        parameters=parameters,
+        trained=trained,
+        precision=optim.precision,
+        activations=trunk.num_layers * tokens * layer + scored,
+        checkpointed=trunk.num_layers * tokens * again + one_layer + scored,
+        micro_batches=optim.batch_size // optim.micro_batch_size,
+        several_passes=tokens > text,
+    )
 
 
-def _inference_memory(trunk: DecoderShape, thoughts: ThoughtConfig, *, num_text: int) -> float:
-    """Bytes: the trained model and its base, keys and values of text and thoughts, one layer, and log-probabilities."""
+def _inference(trunk: DecoderShape, thoughts: ThoughtConfig, *, num_text: int, bf16: bool) -> Memory:
+    """The trained model and its base; keys and values of text and thoughts, one layer, and log-probabilities."""
     slots = thoughts.use_start + thoughts.num_sampled + thoughts.use_end if thoughts.num_sampled else 0
     keys = 2 * trunk.num_layers * trunk.hidden_size * trunk.num_kv_heads // trunk.num_heads
-    layer = ACTIVATIONS * trunk.hidden_size + 4 * trunk.intermediate_size
-    rows = LOG_PROBS * trunk.vocab_size
-    return FP32 * (2 * trunk.parameters + num_text * (keys * (1 + slots) + layer + rows))
+    layer = 12 * trunk.hidden_size + 4 * trunk.intermediate_size
+    size = BF16 if bf16 else FP32
+    kept = num_text * (size * (keys * (1 + slots) + layer) + FP32 * LOG_PROBS * trunk.vocab_size)
+    return Memory(
+        parameters=2 * trunk.parameters + own_parameters(trunk, thoughts),
+        trained=0,
+        precision="pure_bf16" if bf16 else "fp32",
+        activations=kept,
+        checkpointed=kept,
+    )

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from retrace.core.checkpoint import model_tensors, whole
 from retrace.core.context import Context
+from retrace.core.precision import COMPUTED, KEPT
 from retrace.core.train import Batch, Group, fit
 from retrace.papers.quietstar import cost
 from retrace.papers.quietstar.config import EvaluateConfig, PretrainConfig, TrainConfig
 from retrace.papers.quietstar.evaluation import gain_by_difficulty, score_tasks
+from retrace.papers.quietstar.lora import add_adapters, merged
 from retrace.papers.quietstar.model import ThoughtModel
 from retrace.papers.quietstar.pretrained import from_pretrained, save_pretrained
 from retrace.papers.quietstar.trunks import base_tokenizer, build_thinker, build_trunk, load_base
@@ -49,16 +52,21 @@ def pretrain(config: PretrainConfig, ctx: Context) -> dict[str, float]:
 
 def train(config: TrainConfig, ctx: Context) -> dict[str, float]:
     """Continue training the base with thoughts, on the corpus without asides."""
-    trunk, tokenizer = load_base(config.model, ctx)
-    model = build_thinker(trunk, config.thoughts, tokenizer, seed=config.seed)
     settings = config.train
+    trunk, tokenizer = load_base(config.model, ctx, dtype=KEPT[settings.optim.precision])
+    model = build_thinker(trunk, config.thoughts, tokenizer, seed=config.seed)
+    if settings.lora is not None:
+        add_adapters(trunk, settings.lora, seed=config.seed)
     rates = {
         "trunk": settings.optim.learning_rate,
         "mixing_head": settings.mixing_head_learning_rate,
         "meta": settings.meta_learning_rate,
     }
     decays = {"trunk": settings.optim.weight_decay}
-    groups = [Group(name, p, rates[name], decays.get(name, 0.0)) for name, p in model.parameter_groups().items()]
+    groups = [
+        Group(name, [p for p in parameters if p.requires_grad], rates[name], decays.get(name, 0.0))
+        for name, parameters in model.parameter_groups().items()
+    ]
 
     def loss(wrapped: nn.Module, batch: Batch, noise: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         output = wrapped(batch["input_ids"], batch["attention_mask"], generator=noise)
@@ -81,10 +89,10 @@ def evaluate(config: EvaluateConfig, ctx: Context) -> dict[str, float]:
     """Score the trained model with and without thoughts: tasks through lm-eval, and held-out text token by token."""
     if not ctx.is_main:
         return {}  # one process is enough; the others would only repeat it
-    device = ctx.hardware.device
-    trunk, tokenizer = load_base(config.model, ctx)
+    device, dtype = ctx.hardware.device, COMPUTED[config.eval.precision]
+    trunk, tokenizer = load_base(config.model, ctx, dtype=dtype)
     base = build_thinker(trunk, config.thoughts, tokenizer, seed=config.seed).to(device).eval()  # is never let think
-    thinker, _ = from_pretrained(ctx.parents["model"].path / "model", dtype=torch.float32, device=device)
+    thinker, _ = from_pretrained(ctx.parents["model"].path / "model", dtype=dtype, device=device)
     used = cost.evaluate(config)
     metrics = score_tasks(thinker, base, tokenizer, config=config, ctx=ctx)
     texts = Windows(config.corpus, tokenizer, split="heldout", seed=HELDOUT_SEED, count=config.eval.num_windows)
@@ -94,12 +102,16 @@ def evaluate(config: EvaluateConfig, ctx: Context) -> dict[str, float]:
 
 
 def save(model: ThoughtModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> None:
-    """Leave the final model in the run's folder `model`, as transformers does; thoughts lie beside it."""
+    """Leave the final model in the run's folder `model`, as transformers does; thoughts lie beside it.
+
+    Adapters are merged into the weights that they stand beside. All processes must call it together.
+    """
+    tensors = merged(model, whole(model_tensors(model), keep=ctx.is_main))
     if not ctx.is_main:
         return
     with ctx.run.folder("model") as folder:
         if isinstance(model, ThoughtModel):
-            save_pretrained(model, folder, tokenizer)
+            save_pretrained(model, folder, tokenizer, tensors=tensors)
         else:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=tensors)
             tokenizer.save_pretrained(folder)

@@ -55,7 +55,13 @@ def stages(config: QuietStarConfig) -> Stage:
 
 
 def check(config: QuietStarConfig) -> None:
-    """Raise ValueError for what can't be run here: tasks without data or questions, text or weights out of reach."""
+    """Raise ValueError for what can't be run here: tasks without data or questions, text or weights out of reach.
+
+    And for batches that the machine's processes can't share evenly.
+    """
+    if config.base is not None:
+        config.base.optim.check_processes(config.hardware.processes, key="base.optim")
+    config.train.optim.check_processes(config.hardware.processes, key="train.optim")
     procedural = isinstance(config.corpus, CorpusConfig)
     validate_tasks(
         config.eval.tasks,

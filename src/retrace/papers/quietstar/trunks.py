@@ -52,8 +52,8 @@ def base_tokenizer(corpus: Corpus) -> PreTrainedTokenizerBase:
     return build_tokenizer()
 
 
-def load_base(model: Model, ctx: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that thoughts are added to, in fp32, and its tokenizer.
+def load_base(model: Model, ctx: Context, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that thoughts are added to, in `dtype`, and its tokenizer.
 
     Raises ValueError for one of other sizes than the config says.
     """
@@ -61,7 +61,7 @@ def load_base(model: Model, ctx: Context) -> tuple[PreTrainedModel, PreTrainedTo
         name, revision = str(ctx.parents["base"].path / "model"), "main"
     else:
         name, revision = str(model.folder() or model.name), model.revision
-    trunk, tokenizer = load_trunk(name, revision=revision)
+    trunk, tokenizer = load_trunk(name, revision=revision, dtype=dtype)
     for key, theirs in SIZES.items():
         stated = getattr(model, key, None)  # the vocabulary of a model from scratch is the tokenizer's
         found = getattr(trunk.config, theirs, stated)
@@ -70,9 +70,11 @@ def load_base(model: Model, ctx: Context) -> tuple[PreTrainedModel, PreTrainedTo
     return trunk, tokenizer
 
 
-def load_trunk(name: str, *, revision: str = "main") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_trunk(
+    name: str, *, revision: str = "main", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM of transformers and its tokenizer, from a folder or the hub; no code of theirs is run."""
-    trunk = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32, use_safetensors=True)
+    trunk = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True)
     return trunk, load_tokenizer(name, revision=revision)
 
 
