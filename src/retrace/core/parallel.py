@@ -25,11 +25,12 @@ from retrace.core.precision import bf16_copy
 def make_accelerator(hardware: Hardware, *, model: nn.Module, precision: Precision) -> Accelerator:
     """Accelerate on the device that the hardware config names; fails if ranks do not find each other."""
     on_cpu = hardware.device == "cpu"
+    sharding = _sharding(model, precision) if hardware.shard else None
     if hardware.shard and on_cpu:  # asked for the CPU, Accelerate takes DDP and forgets the plugin, silently
         PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
     accelerator = Accelerator(
         cpu=on_cpu,
-        fsdp_plugin=_sharding(model, precision) if hardware.shard else None,
+        fsdp_plugin=sharding,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # gradients stand once
     )
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -27,6 +27,7 @@ TRAIN, ADAPT = 3.0, 2.0  # forward and backward in forward passes; frozen weight
 TYPICAL_ITEM_TOKENS = 64  # of a generated question; real ones are longer, and their number is not in the config
 LOG_PROBS = 4  # rows of the vocabulary's size held a position while predictions are compared
 KEPT_HIDDEN = {FP32: 8, BF16: 11}  # hidden-sized tensors kept a token and layer; in bf16, norms keep copies in fp32
+UNNEEDED_HIDDEN, UNNEEDED_MLP = 3, 1  # of them, inputs of matrices that are frozen
 AGAIN_HIDDEN = {FP32: 2, BF16: 5}  # with activation checkpointing: the input, and what computing again leaves behind
 KEPT_MLP, PASSING_MLP = 4, 2  # tensors of the MLP's size kept a token and layer, and those of its backward pass
 MIXED_HIDDEN = 9  # hidden-sized tensors kept a token that is scored after a thought: the mixing head's, and the loss's
@@ -124,33 +125,37 @@ def _step_flops(trunk: DecoderShape, thoughts: ThoughtConfig, length: int, *, tr
 def _training(
     trunk: DecoderShape, optim: Optim, length: int, parameters: int, trained: int, *, thoughts: ThoughtConfig | None
 ) -> Memory:
-    """What a micro-batch keeps for its backward pass: a token and layer, a token that is scored, the vocabulary."""
+    """What a micro-batch keeps for its backward pass: in each layer, and for the tokens that are scored."""
     size, text = COMPUTED[optim.precision], optim.micro_batch_size * length
-    tokens = text * (1 + (thread_tokens(thoughts) if thoughts else 0))
-    hidden, vocabulary = trunk.hidden_size, trunk.vocab_size * trunk.hidden_size
-    keys = 2 * hidden * trunk.num_kv_heads // trunk.num_heads * (size + FP32)  # bytes, and of their gradients, in fp32
-    layer = size * (KEPT_HIDDEN[size] * hidden + KEPT_MLP * trunk.intermediate_size) + keys
-    again = size * AGAIN_HIDDEN[size] * hidden + keys
-    if thoughts is None:
-        largest, scored = (
-            text,
-            text * trunk.vocab_size * (size + 3 * FP32),
-        )  # logits, and three times their size in fp32
-    else:
-        largest = text * max(1, thoughts.num_thoughts * (thoughts.use_end + thoughts.num_true))  # the last pass
-        spoken = text * thoughts.num_thoughts * thoughts.num_true
-        chunk = min(LOGITS, spoken * trunk.vocab_size)
-        scored = size * (MIXED_HIDDEN * hidden * spoken + 3 * vocabulary) + FP32 * (vocabulary + 3 * chunk)
-    one_layer = largest * (layer + size * PASSING_MLP * trunk.intermediate_size)
+    hidden, mlp = trunk.hidden_size, trunk.intermediate_size
+    thread = thread_tokens(thoughts) if thoughts else 0
+    frozen = trained < trunk.parameters
+    keys = 2 * hidden * trunk.num_kv_heads // trunk.num_heads * (size + FP32)  # and their gradients, which are in fp32
+    kept = keys + size * (KEPT_HIDDEN[size] - UNNEEDED_HIDDEN * frozen) * hidden
+    kept += size * (KEPT_MLP - UNNEEDED_MLP * frozen) * mlp
+    again = keys + size * AGAIN_HIDDEN[size] * hidden
+    last_pass = thoughts.num_thoughts * (thoughts.use_end + thoughts.num_true) if thoughts and thread else 1
+    one_layer = text * last_pass * (kept + size * PASSING_MLP * mlp)
+    scored = _scored_bytes(trunk, thoughts, text, size)
     return Memory(
         parameters=parameters,
         trained=trained,
         precision=optim.precision,
-        activations=trunk.num_layers * tokens * layer + scored,
-        checkpointed=trunk.num_layers * tokens * again + one_layer + scored,
+        activations=trunk.num_layers * text * (1 + thread) * kept + scored,
+        checkpointed=trunk.num_layers * text * (1 + thread) * again + one_layer + scored,
         micro_batches=optim.batch_size // optim.micro_batch_size,
-        several_passes=tokens > text,
+        several_passes=thread > 0,
     )
+
+
+def _scored_bytes(trunk: DecoderShape, thoughts: ThoughtConfig | None, text: int, size: int) -> float:
+    """Behind the last layer: whole logits in plain training; else the mixing head, and gradients of the projection."""
+    if thoughts is None:
+        return text * trunk.vocab_size * (size + 3 * FP32)
+    spoken = text * (thoughts.num_thoughts * thoughts.num_true if thoughts.num_sampled else 1)
+    projection = trunk.vocab_size * trunk.hidden_size
+    chunk = min(LOGITS, spoken * trunk.vocab_size)
+    return size * (MIXED_HIDDEN * trunk.hidden_size * spoken + 3 * projection) + FP32 * (projection + 3 * chunk)
 
 
 def _inference(trunk: DecoderShape, thoughts: ThoughtConfig, *, num_text: int, bf16: bool) -> Memory:

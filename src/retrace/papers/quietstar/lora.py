@@ -27,16 +27,20 @@ def add_adapters(trunk: PreTrainedModel, lora: Lora, *, seed: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = (nn.Linear, Conv1D)
-    names = {path.rpartition(".")[2] for path, module in trunk.base_model.named_modules() if isinstance(module, linear)}
-    unknown = sorted(set(lora.target_modules) - names)
+    linear = {
+        path.rpartition(".")[2]: isinstance(module, Conv1D)  # whose weight lies the other way around
+        for path, module in trunk.base_model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    unknown = sorted(set(lora.target_modules) - linear.keys())
     if unknown:
         raise ValueError(
             f"train.lora.target_modules: trunk family '{trunk.config.model_type}' has no linear layer '{unknown[0]}' "
-            f"in its body; it has: {', '.join(sorted(names))}"
+            f"in its body; it has: {', '.join(sorted(linear))}"
         )
     torch.manual_seed(derive_seed(seed, "adapters"))
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules))
+    targets, turned = list(lora.target_modules), linear[lora.target_modules[0]]
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, fan_in_fan_out=turned)
     inject_adapter_in_model(settings, trunk, adapter_name=ADAPTER)
 
 

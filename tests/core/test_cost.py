@@ -1,0 +1,76 @@
+"""Bytes and seconds from a config: by hand, on made-up hardware."""
+
+from __future__ import annotations
+
+import pytest
+
+from retrace.core.config import Hardware
+from retrace.core.cost import Cost, Expected, Memory, expected_time
+from retrace.core.optim import Precision
+
+N = 1000
+
+
+def hardware(**changes: object) -> Hardware:
+    settings = {
+        "name": "made_up",
+        "device": "cuda",
+        "processes": 1,
+        "threads": 1,
+        "parallel_runs": 1,
+        "shard": False,
+        "activation_checkpointing": False,
+        "peak_flops": None,
+        "planned_mfu": None,
+        "checkpoint_seconds": 60.0,
+    }
+    return Hardware.model_validate({**settings, **changes})
+
+
+def state(
+    precision: Precision, *, several: bool = False, micro_batches: int = 1, trained: int = N, **on: object
+) -> float:
+    memory = Memory(N, trained, precision, 0.0, 0.0, micro_batches=micro_batches, several_passes=several)
+    return memory.state(hardware(**on)) / N
+
+
+@pytest.mark.parametrize(
+    ("precision", "alone", "sharded"), [("fp32", 16, 8), ("fp32_master", 18, 6), ("pure_bf16", 8, 4)]
+)
+def test_bytes_a_parameter_of_weights_gradients_and_moments(precision: Precision, alone: int, sharded: int) -> None:
+    assert state(precision) == alone  # weight, gradient and two moments; under fp32_master a copy in bf16 too
+    assert state(precision, processes=2, micro_batches=2) == alone
+    assert state(precision, processes=4, micro_batches=4, shard=True) == sharded  # a quarter, and gathered weights
+
+
+def test_gradients_on_their_way_count_where_the_model_runs_several_times_before_they_are_kept() -> None:
+    assert state("fp32", several=True) == 16  # they become those that are kept
+    assert state("fp32", several=True, micro_batches=2) == 20
+    assert state("pure_bf16", several=True, processes=2, micro_batches=2) == 10
+    assert state("fp32_master", several=True) == 20
+    assert state("pure_bf16", several=True, processes=4, micro_batches=4, shard=True) == 6
+    assert state("fp32_master", several=True, processes=4, micro_batches=8, shard=True) == 12  # the first ones wait
+
+
+def test_frozen_parameters_have_neither_gradients_nor_moments() -> None:
+    assert state("fp32", trained=0) == 4
+    assert state("pure_bf16", trained=0, processes=2, micro_batches=2, shard=True) == 3
+
+
+def test_work_that_one_process_does_is_neither_split_nor_sped_up() -> None:
+    memory = Memory(N, 0, "fp32", 7.0, 3.0)
+    node = hardware(processes=8, shard=True, activation_checkpointing=True, peak_flops=1e12, planned_mfu=0.5)
+    shared, lone = (Cost(1, 4e12, memory, shared=shared) for shared in (True, False))
+    assert (shared.state_bytes(node), lone.state_bytes(node)) == (4 * N / 8 + 4 * N, 4 * N)
+    assert expected_time(shared, "p", {}, node) == Expected(1.0, measured=False)
+    assert expected_time(lone, "p", {}, node) == Expected(8.0, measured=False)
+    assert (lone.activation_bytes(node), lone.activation_bytes(hardware())) == (3.0, 7.0)
+
+
+def test_time_is_measured_before_it_is_planned_and_unknown_without_either() -> None:
+    cost = Cost(1, 1e12, Memory(N, N, "fp32", 0.0, 0.0))
+    planned = hardware(peak_flops=1e12, planned_mfu=0.25)
+    assert expected_time(cost, "train", {"train": 5e11}, planned) == Expected(2.0, measured=True)
+    assert expected_time(cost, "train", {"evaluate": 5e11}, planned) == Expected(4.0, measured=False)
+    assert expected_time(cost, "train", {}, hardware(peak_flops=1e12)) is None
+    assert expected_time(cost, "train", {}, hardware(planned_mfu=0.5)) is None
