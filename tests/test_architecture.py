@@ -20,7 +20,9 @@ LAYER_0 = {
     "core.report", "core.reportview", "core.results", "core.samples", "core.stats", "core.store", "core.svg",
     "core.tasks", "core.units",
 }  # fmt: skip
-ONE_HOME = {"hydra": "core.compose", "wandb": "core.tracking", "lm_eval": "core.evaluate"}
+ONE_HOME = {
+    "hydra": "core.compose", "wandb": "core.tracking", "lm_eval": "core.evaluate", "peft": "papers.quietstar.lora",
+}  # fmt: skip
 PURE = {"core.report", "core.reportview", "core.claims", "core.samples", "core.stats", "core.figures", "core.svg"}
 
 

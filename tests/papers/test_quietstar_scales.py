@@ -147,7 +147,7 @@ def test_the_paper_scale_runs_on_a_tiny_mistral_with_local_files(
     local = [
         "corpus.continued=[{kind: local, path: text.jsonl, stop: 100}]",
         "corpus.heldout=[{kind: local, path: text.jsonl, start: 100}]",
-        *("train.num_windows=8", "train.optim.steps=2"),
+        *("train.num_windows=8", "train.optim.steps=2", "train.optim.learning_rate=0.01"),  # else bf16 moves nothing
     ]
     done = retrace("run", "quietstar/thoughts", "scale=paper", *QUICK, *mistral[1], *local, RETRACE_DATA=str(data))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,7 +17,7 @@ from retrace.core.provenance import processor
 from retrace.core.tracking import wandb_mode
 
 NEEDED_GIB = 1.0
-REQUIRED = ("torch", "transformers", "accelerate", "datasets", "lm-eval", "hydra-core", "scipy", "wandb")
+REQUIRED = ("torch", "transformers", "accelerate", "datasets", "lm-eval", "hydra-core", "peft", "scipy", "wandb")
 
 Check = tuple[bool | None, str, str]  # fine / not fine / optional and absent; what; how to get it
 
