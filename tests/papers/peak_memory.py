@@ -1,6 +1,6 @@
-"""How many bytes a training step of a run really takes, and how many the plan counts; one JSON line.
+"""How many bytes a training step of a run really takes, and how many the plan counts; a JSON line for each run.
 
-    MALLOC_MMAP_THRESHOLD_=65536 python peak_memory.py train scale=smoke train.optim.precision=pure_bf16 ...
+    MALLOC_MMAP_THRESHOLD_=65536 python peak_memory.py train train.optim.precision=pure_bf16 -- pretrain ...
 
 Measured is the growth of the largest resident set during `fit`, plus the weights that were there before, after a small
 training has loaded what libraries load; with the variable, malloc maps every larger tensor by itself, so that the
@@ -68,24 +68,20 @@ def measure(spec: RunSpec) -> float:
     return resident("VmHWM") - before + weights
 
 
+def find(program: str, overrides: list[str]) -> RunSpec:
+    specs = plan(["quietstar/main"], ["scale=smoke", "tracking.wandb=off", "seed=0", *overrides])
+    return next(spec for spec in specs if spec.program == program)
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    program, *overrides = sys.argv[1:]
-    small = [*overrides, "model.hidden_size=16", "model.num_layers=1"]
-    for chosen in (small, overrides):
-        specs = plan(["quietstar/main"], ["scale=smoke", "tracking.wandb=off", "seed=0", *chosen])
-        spec = next(spec for spec in specs if spec.program == program)
-        peak = measure(spec)
-    counted = getattr(cost, program)(spec.config)
-    print(
-        json.dumps(
-            {
-                "measured": peak,
-                "state": counted.state_bytes(spec.hardware),
-                "activations": counted.activation_bytes(spec.hardware),
-            }
-        )
-    )
+    for words in " ".join(sys.argv[1:]).split(" -- "):
+        program, *overrides = words.split(" ")
+        measure(find(program, [*overrides, "model.hidden_size=16", "model.num_layers=1"]))
+        spec = find(program, overrides)
+        counted = getattr(cost, program)(spec.config)
+        found = {"state": counted.state_bytes(spec.hardware), "activations": counted.activation_bytes(spec.hardware)}
+        print(json.dumps({"measured": measure(spec), **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def _sharding(model: nn.Module, precision: Precision) -> FullyShardedDataParalle
     A step may run the trunk a dozen times before its one backward pass. Freed after each forward, as is usual, a layer
     would be gathered again in every one of them; so a layer is gathered once a step and freed before the update.
     """
-    layers = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    layers = named & {type(module).__name__ for module in model.modules()}
     if not layers:
         raise ValueError(f"hardware.shard=true: {type(model).__name__} does not name its layers; use shard=false")
     rounded = precision == "fp32_master"
