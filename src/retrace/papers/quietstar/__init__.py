@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from retrace.core.paper import Paper, Program
+from retrace.core.paper import Command, Paper, Program
 from retrace.papers.quietstar import cost
 from retrace.papers.quietstar.config import (
     EvaluateConfig,
@@ -25,4 +25,11 @@ PAPER = Paper(
         "evaluate": Program(EvaluateConfig, "retrace.papers.quietstar.programs:evaluate", cost.evaluate),
     },
     check=check,
+    commands=(
+        Command(
+            "think",
+            "Show what every token of a text gains from thoughts, and the thoughts.",
+            "retrace.papers.quietstar.think:think",
+        ),
+    ),
 )
