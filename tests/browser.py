@@ -104,7 +104,7 @@ def chromium() -> Iterator[Browser]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         command = [CHROMIUM, *flags, "--disable-background-networking", f"--user-data-dir={profile}"]
-        plumbing = f"exec 3<&{child_in} 4>&{child_out}; exec \"$@\""
+        plumbing = f'exec 3<&{child_in} 4>&{child_out}; exec "$@"'
         process = subprocess.Popen(
             ["bash", "-c", plumbing, "bash", *command, "--remote-debugging-pipe"],
             pass_fds=(child_in, child_out),

@@ -170,6 +170,7 @@ class EvalConfig(Frozen):
     num_windows: int = Field(ge=1)  # held-out text for the deciles of difficulty
     batch_size: int = Field(ge=1)
     thought_decoding: Literal["greedy", "sample"]
+    page_windows: int = Field(ge=0, le=16)  # of that text, shown token by token on the page of thoughts; 0: no page
 
 
 class QuietStarConfig(Experiment):

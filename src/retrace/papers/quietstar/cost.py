@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> Cost:
 def evaluate(config: EvaluateConfig) -> Cost:
     """Held-out text with thoughts everywhere, and the questions with thoughts at their answers."""
     trunk, length, thoughts = shape(config.model, config.corpus), config.corpus.seq_len, config.thoughts
-    text = config.eval.num_windows * length
+    text = (config.eval.num_windows + (config.eval.page_windows if thoughts.num_sampled else 0)) * length
     items = len(config.eval.tasks) * min(config.eval.num_questions, config.eval.limit or config.eval.num_questions)
     asked = items * TYPICAL_ITEM_TOKENS
     threads = text * thread_tokens(thoughts) / thoughts.num_thoughts if thoughts.num_sampled else 0

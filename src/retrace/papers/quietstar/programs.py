@@ -12,9 +12,13 @@ from retrace.core.context import Context
 from retrace.core.train import Batch, Group, fit
 from retrace.papers.quietstar import cost
 from retrace.papers.quietstar.config import EvaluateConfig, PretrainConfig, TrainConfig
+from retrace.papers.quietstar.documents import from_ids
 from retrace.papers.quietstar.evaluation import gain_by_difficulty, score_tasks
+from retrace.papers.quietstar.gains import GREEDY, Decoding
+from retrace.papers.quietstar.inspection import inspect_document
 from retrace.papers.quietstar.model import ThoughtModel
 from retrace.papers.quietstar.pretrained import from_pretrained, save_pretrained
+from retrace.papers.quietstar.thoughtpage import Part, page
 from retrace.papers.quietstar.trunks import base_tokenizer, build_thinker, build_trunk, load_base
 from retrace.papers.quietstar.windows import Windows
 
@@ -89,8 +93,26 @@ def evaluate(config: EvaluateConfig, ctx: Context) -> dict[str, float]:
     metrics = score_tasks(thinker, base, tokenizer, config=config, ctx=ctx)
     texts = Windows(config.corpus, tokenizer, split="heldout", seed=HELDOUT_SEED, count=config.eval.num_windows)
     metrics |= gain_by_difficulty(thinker, base, texts.every(), config=config, ctx=ctx)
+    if config.thoughts.num_sampled > 0 and config.eval.page_windows > 0:
+        ctx.attach("thoughts", page_of_thoughts(thinker, tokenizer, texts.every(), config=config, ctx=ctx))
     ctx.cost.update(tokens=used.tokens, flops=used.flops)
     return metrics
+
+
+def page_of_thoughts(
+    model: ThoughtModel, tokenizer: PreTrainedTokenizerBase, texts: Batch, *, config: EvaluateConfig, ctx: Context
+) -> str:
+    """The first windows of the held-out text, token by token, as HTML."""
+    greedy = config.eval.thought_decoding == "greedy"
+    decoding = GREEDY if greedy else Decoding(num_samples=1, seed=config.seed)
+    parts = []
+    for number in range(min(config.eval.page_windows, config.eval.num_windows)):
+        ids = texts["input_ids"][number][texts["attention_mask"][number].bool()].tolist()
+        found = inspect_document(model, tokenizer, from_ids(tokenizer, ids), decoding=decoding)
+        parts.append(Part(f"Window {number + 1}", found))
+    run = {"model": ctx.parents["model"].id, "evaluated by": ctx.run.id, "seed": str(config.seed)}
+    origin = {**run, "text": "held out of the training", "thoughts": str(parts[0].found.decoding)}
+    return page(parts, title="Thoughts on held-out text", origin=origin)
 
 
 def save(model: ThoughtModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> None:
