@@ -45,7 +45,7 @@ def test_two_papers_that_bring_the_same_command_are_told_apart(monkeypatch: pyte
 
     monkeypatch.setattr(contract, "papers", lambda: ["one", "two"])
     monkeypatch.setattr(contract, "load_paper", fake)
-    with pytest.raises(ValueError, match=f"retrace {command.name} ` is brought by one and by two: rename one"):
+    with pytest.raises(ValueError, match=f"retrace {command.name}` is brought by one and by two: rename one"):
         paper_commands()
 
 

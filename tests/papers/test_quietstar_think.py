@@ -146,9 +146,13 @@ def test_the_steps_of_the_scale() -> None:
 
 def test_what_a_terminal_shows_cannot_move_its_cursor() -> None:
     assert visible("a\nb\x1b[2J\r\u202e") == "a\u21b5b\\x1b[2J\\r\\u202e"
-    table = "\n".join(line.plain for line in lines(FOUND, {"model": "m"}, rich=False))
-    assert "\x1b" not in table
-    assert "\\x1b[31mred" in table
+    nasty = Inspection(decoding=GREEDY, tokens=(*FOUND.tokens, token("\x1b[2J", 0.5, "\x1b[31mred")))
+    for rich in (False, True):
+        shown = "\n".join(line.plain for line in lines(nasty, {"model": "\x1bm"}, rich=rich))
+        assert "\x1b" not in shown
+        assert "\r" not in shown
+        assert "\\x1b[31mred" in shown
+    assert "First g0 g1" in shown  # the document in colour
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,7 @@ def _progress() -> Iterator[Progress]:
     console = Console(stderr=True)
     columns = ("thinking", BarColumn(), MofNCompleteColumn(), "tokens", TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("")
+        task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

@@ -23,9 +23,13 @@ def step_of(gain: float) -> int:
 
 
 def visible(text: str) -> str:
-    """Text in which nothing is hidden and nothing can move a cursor: newlines as a sign, controls escaped."""
-    shown = text.replace("\n", NEWLINE)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    """Text in one line in which nothing is hidden: newlines as a sign, controls escaped."""
+    return printable(text.replace("\n", NEWLINE))
+
+
+def printable(text: str) -> str:
+    """Text that moves a terminal's cursor to the next line at most."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def probability(log_prob: float) -> str:
@@ -42,9 +46,9 @@ def signed(gain: float) -> str:
 
 def lines(found: Inspection, origin: Mapping[str, str], *, rich: bool) -> Iterator[Text]:
     """What `retrace think` prints: `rich` adds the document in colour."""
-    yield Text(", ".join(f"{key} {value}" for key, value in origin.items()), "dim")
+    yield Text(visible(", ".join(f"{key} {value}" for key, value in origin.items())), "dim")
     if rich:
-        yield Text.assemble("\n", *((token.text, _colour(token)) for token in found.tokens), "\n")
+        yield Text.assemble("\n", *((printable(token.text), _colour(token)) for token in found.tokens), "\n")
     width = min(LONGEST_TOKEN, max(len(visible(token.text.strip(" "))) for token in found.tokens))
     yield Text(f"{'gain':>7}  {'without':>7}  {'with':>7}  {'token':<{width}}  thought before it", "bold")
     for token in found.tokens:
