@@ -26,7 +26,7 @@ from retrace.papers.quietstar.thoughtpage import Part, page
 from retrace.papers.quietstar.thoughtview import lines, probability, signed, step_of, visible
 
 TEXT = "Q: Ada has 3 plums, first gets 2.  How many\nnow?\n"
-NASTY = "</script><script>alert(1)</script><!--&amp; \"q\" 'a' \r\n\t\u2028\u202e\u00e9"
+NASTY = "</script x></script><script>alert(1)</script><!--&amp; \"q\" 'a' \r\n\t\u2028\u202e\u00e9"
 ORIGIN = {"model": f"a model <b>{NASTY}", "thoughts": "greedy"}
 
 
@@ -48,6 +48,7 @@ FOUND = Inspection(
         token(NASTY, 1.5, NASTY, "another"),
         token("", -0.3, "inside of a character"),
         token("  word", 0.01, "\x1b[31mred"),
+        token("long" * 40, 0.01, "longer" * 40),
     ),
 )
 
@@ -336,6 +337,9 @@ def test_nothing_runs_over_the_edge_whatever_the_width(opened: Browser, tmp_path
     opened.mouse(".doc .p3")
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     assert opened.evaluate("document.querySelector('#panel').getBoundingClientRect().right") <= width
+    opened.mouse(".doc .t:last-of-type")
+    assert "longer" in opened.evaluate(PANEL)
+    assert opened.evaluate("(p => p.scrollWidth <= p.clientWidth)(document.querySelector('#panel'))")
 
 
 def test_thoughts_are_reached_by_keyboard(opened: Browser) -> None:
