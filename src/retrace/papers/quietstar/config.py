@@ -38,10 +38,14 @@ class ThoughtConfig(Frozen):
     num_sampled: int = Field(ge=0, le=256)  # sampled tokens in a thought; 0: no thoughts at all, a plain LM
     num_true: int = Field(ge=1, le=64)  # true tokens scored after each thought (the paper's n_true)
     num_thoughts: int = Field(ge=1, le=64)  # thoughts sampled per position
+    positions: Literal["all", "every", "hardest"] = "all"  # that think in training: those of highest entropy, hardest
+    position_step: int | None = Field(None, ge=1)  # of "every": each how many-th token
+    position_share: float | None = Field(None, gt=0, le=1)  # of "hardest": share of a window's tokens
     use_start: bool = True
     use_end: bool = True
     start_init: str = Field("---", min_length=1)  # text whose first token's embedding initialises START
     end_init: str = Field("---", min_length=1)
+    prefix: str = ""  # text that every thought begins with, in front of its sampled tokens
     mixing_head: MixingHead | None = MixingHead()  # None: the prediction after the thought is used as it is
     base_loss_weight: float = Field(0.5, ge=0)
     talk_loss_weight: float = Field(0.5, ge=0)
@@ -51,6 +55,16 @@ class ThoughtConfig(Frozen):
     reward: Literal["mixed", "thought"] = "mixed"  # whose log-likelihood of the true tokens is the reward
     baseline: Literal["mean", "loo", "base_loss"] = "mean"  # over the thoughts of a position, or the base prediction
     positive_only: bool = True  # reinforce only thoughts better than the baseline
+
+    @model_validator(mode="after")
+    def _positions_are_said(self) -> Self:
+        wanted = {"every": "position_step", "hardest": "position_share"}.get(self.positions)
+        for key in ("position_step", "position_share"):
+            value = getattr(self, key)
+            if (value is not None) != (key == wanted):
+                expected = "a value" if key == wanted else "null"
+                raise ValueError(f"{key}={value} with positions={self.positions}: expected {expected}")
+        return self
 
     @model_validator(mode="after")
     def _baseline_needs_thoughts(self) -> Self:

@@ -95,6 +95,7 @@ def build_thinker(
         start_init_id=_first_token(tokenizer, thoughts.start_init, "thoughts.start_init"),
         end_init_id=_first_token(tokenizer, thoughts.end_init, "thoughts.end_init"),
         hidden_token_ids=hidden_tokens(tokenizer, vocab_size=trunk.config.vocab_size),
+        prefix_ids=tokenizer(thoughts.prefix, add_special_tokens=False)["input_ids"] if thoughts.prefix else (),
     )
 
 
