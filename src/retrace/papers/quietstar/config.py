@@ -175,6 +175,30 @@ class ContinuedConfig(Frozen):
     meta_learning_rate: float = Field(gt=0)  # of the START and END embeddings
 
 
+class CurriculumStage(Frozen):
+    """Continued training before the last one, with thoughts of another length; all else is as in the last."""
+
+    num_sampled: int = Field(ge=1, le=256)
+    num_true: int = Field(ge=1, le=64)
+    learning_rate: float = Field(gt=0)  # of the trunk
+
+
+class Curriculum(Frozen):
+    """Thoughts that shrink from stage to stage (Fast Quiet-STaR, arXiv 2505.17746)."""
+
+    stages: tuple[CurriculumStage, ...]  # before `thoughts`, in their order; none: the training is in one stage
+    keeps: Literal["everything", "trunk"]  # by a stage of the one before; the published code's loses all but the trunk
+
+
+class Student(Frozen):
+    """A model that never thinks, trained on what the thinking one predicts (Fast Quiet-STaR's "NTP")."""
+
+    objective: Literal["reinforce", "cross_entropy"]  # as published; or ours, of the teacher's mixed predictions
+    start: Literal["base", "teacher"]  # whose trunk: the published script says base, the paper teacher
+    steps: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+
+
 class EvalConfig(Frozen):
     """Zero-shot questions through lm-eval, and the gain by difficulty of a token (Section 5)."""
 
@@ -194,6 +218,8 @@ class QuietStarConfig(Experiment):
     base: BaseConfig | None  # null: the model is pretrained
     thoughts: ThoughtConfig
     train: ContinuedConfig
+    curriculum: Curriculum
+    student: Student | None  # null: the trained model itself is evaluated
     eval: EvalConfig
 
     @model_validator(mode="after")
@@ -202,6 +228,15 @@ class QuietStarConfig(Experiment):
             raise ValueError(
                 f"thoughts.num_true={self.thoughts.num_true} leaves no position to think at in windows of "
                 f"corpus.seq_len={self.corpus.seq_len}: choose fewer true tokens or longer windows"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _follow_ups_have_thoughts(self) -> Self:
+        if self.thoughts.num_sampled == 0 and (self.curriculum.stages or self.student):
+            raise ValueError(
+                "thoughts.num_sampled=0 with curriculum.stages or a student: both need a last stage that thinks; "
+                "set num_sampled to 1 or more"
             )
         return self
 
@@ -244,6 +279,20 @@ class TrainConfig(Frozen):
     model: Model
     thoughts: ThoughtConfig
     train: ContinuedConfig
+    keeps: Literal["everything", "trunk", None]  # of the stage before; null: this is the first, from the base
+    files: dict[str, str]
+    seed: int
+
+
+class DistillConfig(Frozen):
+    """Program `distill`: a student that never thinks."""
+
+    corpus: Corpus
+    model: Model
+    teacher: ThoughtConfig
+    student: Student
+    optim: Optim  # of the continued training, with the student's steps and learning rate
+    num_windows: int
     files: dict[str, str]
     seed: int
 
