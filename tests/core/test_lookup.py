@@ -13,8 +13,17 @@ LABEL = "size/big/s0"
 PARENTS = {"base": "demo-pretrain-0"}
 
 
-def put(store: Store, run_id: str, *, status: str = "DONE", program: str = "train", labels: tuple[str, ...] = (LABEL,)):
+def put(
+    store: Store,
+    run_id: str,
+    *,
+    status: str = "DONE",
+    program: str = "train",
+    labels: tuple[str, ...] = (LABEL,),
+    before: str = "",
+) -> None:
     parents = PARENTS if program == "train" else {"model": "demo-train-abc1"}
+    parents = parents | ({"before": before} if before else {})
     tree = {"paper": "demo", "program": program, "scale": "smoke", "seed": 0, "labels": labels, "parents": parents}
     write_json(store.runs / run_id / "config.json", tree)
     if status != "PLANNED":
@@ -58,6 +67,12 @@ def test_several_runs_are_named_with_their_ids_unless_one_alone_is_finished(stor
             ValueError, match=r"give the id of one: demo-train-abc1 \(scale smoke, seed 0\), demo-train-"
         ):
             find(word, store)
+
+
+def test_of_several_stages_of_a_training_the_last_is_meant(store: Store) -> None:
+    put(store, "demo-train-aaa", before="demo-train-abc1")
+    assert find(LABEL, store) == "demo-train-aaa"
+    assert find("demo-train-abc1", store) == "demo-train-abc1"
 
 
 def test_a_run_that_will_not_do_is_told_with_the_reason(store: Store) -> None:

@@ -24,7 +24,8 @@ class FoundRun:
 def find_run(word: str, *, paper: str, program: str, store: Store) -> FoundRun | None:
     """The finished run of a program that `word` names, or None where nothing on disk has such a name.
 
-    `word` is an id, the start of one id alone, `<ablation>/<arm>/s<seed>` or `<paper>/<ablation>/<arm>/s<seed>`.
+    `word` is an id, the start of one id alone, `<ablation>/<arm>/s<seed>` or `<paper>/<ablation>/<arm>/s<seed>`; of
+    runs that build on each other, the last is meant.
     Raises ValueError where it names runs of other programs only, several runs, or one that is not finished.
     """
     named = [found for found in _runs(store) if found.paper == paper and _is_named(found, word)]
@@ -38,6 +39,8 @@ def find_run(word: str, *, paper: str, program: str, store: Store) -> FoundRun |
         raise ValueError(
             f"{word}: run {own[0].run.id} is {state.status}: expected one that is DONE; see `retrace status`"
         )
+    earlier = {parent for found in finished for parent in found.parents.values()}
+    finished = [found for found in finished if found.run.id not in earlier]
     if len(finished) > 1:
         ids = ", ".join(f"{found.run.id} (scale {found.scale}, seed {found.seed})" for found in finished[:4])
         more = f" and {len(finished) - 4} more" if len(finished) > 4 else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from retrace.core.paper import Command, Paper, Program
 from retrace.papers.quietstar import cost
 from retrace.papers.quietstar.config import (
+    DistillConfig,
     EvaluateConfig,
     PretrainConfig,
     QuietStarConfig,
@@ -22,6 +23,7 @@ PAPER = Paper(
     programs={
         "pretrain": Program(PretrainConfig, "retrace.papers.quietstar.programs:pretrain", cost.pretrain),
         "train": Program(TrainConfig, "retrace.papers.quietstar.programs:train", cost.train),
+        "distill": Program(DistillConfig, "retrace.papers.quietstar.programs:distill", cost.distill),
         "evaluate": Program(EvaluateConfig, "retrace.papers.quietstar.programs:evaluate", cost.evaluate),
     },
     check=check,

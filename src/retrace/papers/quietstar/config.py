@@ -38,10 +38,14 @@ class ThoughtConfig(Frozen):
     num_sampled: int = Field(ge=0, le=256)  # sampled tokens in a thought; 0: no thoughts at all, a plain LM
     num_true: int = Field(ge=1, le=64)  # true tokens scored after each thought (the paper's n_true)
     num_thoughts: int = Field(ge=1, le=64)  # thoughts sampled per position
+    positions: Literal["all", "every", "hardest"] = "all"  # that think in training: those of highest entropy, hardest
+    position_step: int | None = Field(None, ge=1)  # of "every": each how many-th token
+    position_share: float | None = Field(None, gt=0, le=1)  # of "hardest": share of a window's tokens
     use_start: bool = True
     use_end: bool = True
     start_init: str = Field("---", min_length=1)  # text whose first token's embedding initialises START
     end_init: str = Field("---", min_length=1)
+    prefix: str = ""  # text that every thought begins with, in front of its sampled tokens
     mixing_head: MixingHead | None = MixingHead()  # None: the prediction after the thought is used as it is
     base_loss_weight: float = Field(0.5, ge=0)
     talk_loss_weight: float = Field(0.5, ge=0)
@@ -51,6 +55,16 @@ class ThoughtConfig(Frozen):
     reward: Literal["mixed", "thought"] = "mixed"  # whose log-likelihood of the true tokens is the reward
     baseline: Literal["mean", "loo", "base_loss"] = "mean"  # over the thoughts of a position, or the base prediction
     positive_only: bool = True  # reinforce only thoughts better than the baseline
+
+    @model_validator(mode="after")
+    def _positions_are_said(self) -> Self:
+        wanted = {"every": "position_step", "hardest": "position_share"}.get(self.positions)
+        for key in ("position_step", "position_share"):
+            value = getattr(self, key)
+            if (value is not None) != (key == wanted):
+                expected = "a value" if key == wanted else "null"
+                raise ValueError(f"{key}={value} with positions={self.positions}: expected {expected}")
+        return self
 
     @model_validator(mode="after")
     def _baseline_needs_thoughts(self) -> Self:
@@ -161,6 +175,30 @@ class ContinuedConfig(Frozen):
     meta_learning_rate: float = Field(gt=0)  # of the START and END embeddings
 
 
+class CurriculumStage(Frozen):
+    """Continued training before the last one, with thoughts of another length; all else is as in the last."""
+
+    num_sampled: int = Field(ge=1, le=256)
+    num_true: int = Field(ge=1, le=64)
+    learning_rate: float = Field(gt=0)  # of the trunk
+
+
+class Curriculum(Frozen):
+    """Thoughts that shrink from stage to stage (Fast Quiet-STaR, arXiv 2505.17746)."""
+
+    stages: tuple[CurriculumStage, ...]  # before `thoughts`, in their order; none: the training is in one stage
+    keeps: Literal["everything", "trunk"]  # by a stage of the one before; the published code's loses all but the trunk
+
+
+class Student(Frozen):
+    """A model that never thinks, trained on what the thinking one predicts (Fast Quiet-STaR's "NTP")."""
+
+    objective: Literal["reinforce", "cross_entropy"]  # as published; or ours, of the teacher's mixed predictions
+    start: Literal["base", "teacher"]  # whose trunk: the published script says base, the paper teacher
+    steps: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+
+
 class EvalConfig(Frozen):
     """Zero-shot questions through lm-eval, and the gain by difficulty of a token (Section 5)."""
 
@@ -181,6 +219,8 @@ class QuietStarConfig(Experiment):
     base: BaseConfig | None  # null: the model is pretrained
     thoughts: ThoughtConfig
     train: ContinuedConfig
+    curriculum: Curriculum
+    student: Student | None  # null: the trained model itself is evaluated
     eval: EvalConfig
 
     @model_validator(mode="after")
@@ -189,6 +229,15 @@ class QuietStarConfig(Experiment):
             raise ValueError(
                 f"thoughts.num_true={self.thoughts.num_true} leaves no position to think at in windows of "
                 f"corpus.seq_len={self.corpus.seq_len}: choose fewer true tokens or longer windows"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _follow_ups_have_thoughts(self) -> Self:
+        if self.thoughts.num_sampled == 0 and (self.curriculum.stages or self.student):
+            raise ValueError(
+                "thoughts.num_sampled=0 with curriculum.stages or a student: both need a last stage that thinks; "
+                "set num_sampled to 1 or more"
             )
         return self
 
@@ -231,6 +280,20 @@ class TrainConfig(Frozen):
     model: Model
     thoughts: ThoughtConfig
     train: ContinuedConfig
+    keeps: Literal["everything", "trunk", None]  # of the stage before; null: this is the first, from the base
+    files: dict[str, str]
+    seed: int
+
+
+class DistillConfig(Frozen):
+    """Program `distill`: a student that never thinks."""
+
+    corpus: Corpus
+    model: Model
+    teacher: ThoughtConfig
+    student: Student
+    optim: Optim  # of the continued training, with the student's steps and learning rate
+    num_windows: int
     files: dict[str, str]
     seed: int
 

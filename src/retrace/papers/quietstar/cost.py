@@ -10,6 +10,7 @@ from __future__ import annotations
 from retrace.core.cost import Cost, DecoderShape
 from retrace.papers.quietstar.config import (
     Corpus,
+    DistillConfig,
     EvaluateConfig,
     Model,
     PretrainConfig,
@@ -49,6 +50,17 @@ def train(config: TrainConfig) -> Cost:
     flops = tokens * _step_flops(trunk, config.thoughts, length)
     in_flight = optim.micro_batch_size * length * (1 + thread_tokens(config.thoughts))
     return Cost(tokens, flops, _memory(trunk, in_flight))
+
+
+def distill(config: DistillConfig) -> Cost:
+    """Plain training of the student, and the teacher's greedy thoughts at every position, forward only."""
+    trunk, length, optim = shape(config.model, config.corpus), config.corpus.seq_len, config.optim
+    tokens, keys = optim.steps * optim.batch_size * length, (length + 1) / 2
+    slots = thread_tokens(config.teacher) / config.teacher.num_thoughts
+    logits = config.teacher.num_sampled + 1
+    taught = trunk.forward_flops(tokens=1 + slots, keys=keys + slots / 2, logits=logits)
+    flops = tokens * (TRAIN * trunk.forward_flops(tokens=1, keys=keys, logits=1) + taught)
+    return Cost(tokens, flops, _memory(trunk, optim.micro_batch_size * length * 2) + FP32 * trunk.parameters)
 
 
 def evaluate(config: EvaluateConfig) -> Cost:

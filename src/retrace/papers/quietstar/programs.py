@@ -1,4 +1,7 @@
-"""The three runs of an experiment: pretrain -> train -> evaluate. Each is called as (config, ctx) -> metrics."""
+"""The runs of an experiment: pretrain -> train -> evaluate. Each is called as (config, ctx) -> metrics.
+
+Between the last two may stand `distill`, and `train` may come several times, each after the one before.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from retrace.core.context import Context
 from retrace.core.train import Batch, Group, fit
 from retrace.papers.quietstar import cost
-from retrace.papers.quietstar.config import EvaluateConfig, PretrainConfig, TrainConfig
-from retrace.papers.quietstar.documents import from_ids
+from retrace.papers.quietstar.config import DistillConfig, EvaluateConfig, PretrainConfig, TrainConfig
 from retrace.papers.quietstar.evaluation import gain_by_difficulty, score_tasks
-from retrace.papers.quietstar.gains import GREEDY, Decoding
-from retrace.papers.quietstar.inspection import inspect_document
+from retrace.papers.quietstar.heldout import page_of_thoughts
 from retrace.papers.quietstar.model import ThoughtModel
 from retrace.papers.quietstar.pretrained import from_pretrained, save_pretrained
-from retrace.papers.quietstar.thoughtpage import Part, page
-from retrace.papers.quietstar.trunks import base_tokenizer, build_thinker, build_trunk, load_base
+from retrace.papers.quietstar.student import student_loss
+from retrace.papers.quietstar.trunks import base_tokenizer, build_thinker, build_trunk, load_base, next_stage
 from retrace.papers.quietstar.windows import Windows
 
 HELDOUT_SEED = 0  # the same held-out text for every run, whatever its seed
@@ -52,9 +53,8 @@ def pretrain(config: PretrainConfig, ctx: Context) -> dict[str, float]:
 
 
 def train(config: TrainConfig, ctx: Context) -> dict[str, float]:
-    """Continue training the base with thoughts, on the corpus without asides."""
-    trunk, tokenizer = load_base(config.model, ctx)
-    model = build_thinker(trunk, config.thoughts, tokenizer, seed=config.seed)
+    """Continue training the base, or a stage before this one, with thoughts, on the corpus without asides."""
+    model, tokenizer = start(config, ctx)
     settings = config.train
     rates = {
         "trunk": settings.optim.learning_rate,
@@ -81,6 +81,42 @@ def train(config: TrainConfig, ctx: Context) -> dict[str, float]:
     return metrics
 
 
+def start(config: TrainConfig, ctx: Context) -> tuple[ThoughtModel, PreTrainedTokenizerBase]:
+    """The model that continued training begins with: the base, or what the stage before hands on."""
+    if config.keeps is None:
+        trunk, tokenizer = load_base(config.model, ctx)
+        return build_thinker(trunk, config.thoughts, tokenizer, seed=config.seed), tokenizer
+    before, tokenizer = from_pretrained(ctx.parents["before"].path / "model", dtype=torch.float32)
+    return next_stage(before, config.thoughts, tokenizer, keeps=config.keeps, seed=config.seed), tokenizer
+
+
+def distill(config: DistillConfig, ctx: Context) -> dict[str, float]:
+    """Train a model that never thinks on what the thinking one predicts."""
+    teacher, tokenizer = from_pretrained(
+        ctx.parents["teacher"].path / "model", dtype=torch.float32, device=ctx.hardware.device
+    )
+    trunk, _ = load_base(config.model, ctx)
+    if config.student.start == "teacher":
+        trunk.load_state_dict(teacher.trunk.state_dict())
+
+    def loss(model: nn.Module, batch: Batch, noise: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return student_loss(model, teacher, batch, noise, config=config)
+
+    optim = config.optim
+    metrics = fit(
+        trunk,
+        ctx=ctx,
+        optim=optim,
+        groups=[Group("trunk", list(trunk.parameters()), optim.learning_rate, optim.weight_decay)],
+        rows=Windows(config.corpus, tokenizer, split="continued", seed=config.seed, count=config.num_windows),
+        loss=loss,
+        cost=cost.distill(config),
+    )
+    plain = config.teacher.model_copy(update={"num_sampled": 0})
+    save(build_thinker(trunk, plain, tokenizer, seed=config.seed), tokenizer, ctx)
+    return metrics
+
+
 def evaluate(config: EvaluateConfig, ctx: Context) -> dict[str, float]:
     """Score the trained model with and without thoughts: tasks through lm-eval, and held-out text token by token."""
     if not ctx.is_main:
@@ -97,22 +133,6 @@ def evaluate(config: EvaluateConfig, ctx: Context) -> dict[str, float]:
         ctx.attach("thoughts", page_of_thoughts(thinker, tokenizer, texts.every(), config=config, ctx=ctx))
     ctx.cost.update(tokens=used.tokens, flops=used.flops)
     return metrics
-
-
-def page_of_thoughts(
-    model: ThoughtModel, tokenizer: PreTrainedTokenizerBase, texts: Batch, *, config: EvaluateConfig, ctx: Context
-) -> str:
-    """The first windows of the held-out text, token by token, as HTML."""
-    greedy = config.eval.thought_decoding == "greedy"
-    decoding = GREEDY if greedy else Decoding(num_samples=1, seed=config.seed)
-    parts = []
-    for number in range(min(config.eval.page_windows, config.eval.num_windows)):
-        ids = texts["input_ids"][number][texts["attention_mask"][number].bool()].tolist()
-        found = inspect_document(model, tokenizer, from_ids(tokenizer, ids), decoding=decoding)
-        parts.append(Part(f"Window {number + 1}", found))
-    run = {"model": ctx.parents["model"].id, "evaluated by": ctx.run.id, "seed": str(config.seed)}
-    origin = {**run, "text": "held out of the training", "thoughts": str(parts[0].found.decoding)}
-    return page(parts, title="Thoughts on held-out text", origin=origin)
 
 
 def save(model: ThoughtModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx: Context) -> None:

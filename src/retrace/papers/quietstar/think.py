@@ -72,6 +72,8 @@ def think(
     thinker, tokenizer = _load(folder)
     found = _inspect(thinker, tokenizer, document, decoding=decoding, window=window)
     origin = {**origin, "thoughts": str(found.decoding)}
+    if thinker.config.prefix:
+        origin["each begins with"] = thinker.config.prefix
     if window is not None:
         origin["window"] = f"{window} tokens"
     _tell(found, origin)
