@@ -115,9 +115,8 @@ def main() -> None:
     rows: dict[str, object] = {"processor": processor(), "torch": torch.__version__, "threads": 1, "new": num_new}
     for batch in (1, 8):
         found = {**measure(model, batch, num_new), "floor": floor(model)}
-        print(
-            f"batch {batch}: {batch / found['cached']:.1f} tokens/s cached, {found['cached'] / found['floor']:.1f} x floor"
-        )
+        rate, over = batch / found["cached"], found["cached"] / found["floor"]
+        print(f"batch {batch}: {rate:.1f} tokens/s cached, {over:.1f} x floor")
         for name in WAYS:
             ratio = found[name] / found["cached"]
             print(f"  {name:10s} {batch / found[name]:6.2f} tokens/s: cached is {ratio:.1f} times faster")
