@@ -76,7 +76,7 @@ def byte_pairs() -> PreTrainedTokenizerFast:
 
 def test_every_task_file_is_valid():
     assert list_tasks(TASKS) == sorted([*REAL, *GENERATED])
-    validate_tasks(list_tasks(TASKS), tasks_dir=TASKS, data_dir=DATA, generated=GENERATED)
+    validate_tasks(list_tasks(TASKS), seed=0, tasks_dir=TASKS, data_dir=DATA, generated=GENERATED)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_generated_and_real_tasks_ask_alike(names):
 def test_generated_tasks_with_the_papers_own_tokenizer():
     model = scorer(build_tokenizer())
     for name in GENERATED:
-        result = evaluate_task(name, scorers={"": model}, tasks_dir=TASKS, data_dir=None, generated=GENERATED)
+        result = evaluate_task(name, scorers={"": model}, seed=0, tasks_dir=TASKS, data_dir=None, generated=GENERATED)
         assert 0 < result.metrics[f"{name}/prob"] < 1
         assert len(result.items) == 1
 
@@ -142,7 +142,7 @@ def test_the_real_sets_are_whole():
 def test_real_questions_by_the_papers_metric(byte_pairs):
     for name, chance in (("gsm8k_direct", 0.01), ("csqa_direct", 0.2)):
         result = evaluate_task(
-            name, scorers={"": scorer(byte_pairs)}, tasks_dir=TASKS, data_dir=DATA, generated={}, limit=150
+            name, scorers={"": scorer(byte_pairs)}, seed=0, tasks_dir=TASKS, data_dir=DATA, generated={}, limit=150
         )
         assert len(result.items) == 150
         assert 0 < result.metrics[f"{name}/prob"] < 4 * chance
@@ -156,7 +156,7 @@ def test_stock_commonsense_qa_equals_lm_evals_own_score(byte_pairs):
 
     ours = scorer(byte_pairs)
     result = evaluate_task(
-        "commonsense_qa", scorers={"": ours}, tasks_dir=TASKS, data_dir=DATA, generated={}, limit=200
+        "commonsense_qa", scorers={"": ours}, seed=0, tasks_dir=TASKS, data_dir=DATA, generated={}, limit=200
     )
     theirs = HFLM(pretrained=ours.model, tokenizer=byte_pairs, batch_size=32, add_bos_token=True, device="cpu")
     task = {"tasks": {"commonsense_qa": load("commonsense_qa")}}
@@ -168,7 +168,7 @@ def test_stock_commonsense_qa_equals_lm_evals_own_score(byte_pairs):
 @needs_data
 def test_stock_gsm8k_generates_answers(byte_pairs):
     model = scorer(byte_pairs, max_length=2048)
-    result = evaluate_task("gsm8k", scorers={"": model}, tasks_dir=TASKS, data_dir=DATA, generated={}, limit=2)
+    result = evaluate_task("gsm8k", scorers={"": model}, seed=0, tasks_dir=TASKS, data_dir=DATA, generated={}, limit=2)
     assert set(result.metrics) == {"gsm8k/exact_match_strict_match", "gsm8k/exact_match_flexible_extract"}
     assert [set(item) for item in result.items] == [{"doc_id", *(key.partition("/")[2] for key in result.metrics)}] * 2
     assert result.version == "3.0"

@@ -12,7 +12,8 @@ from retrace.core.context import Context
 from retrace.core.train import Batch, Group, fit
 from retrace.papers.quietstar import cost
 from retrace.papers.quietstar.config import EvaluateConfig, PretrainConfig, TrainConfig
-from retrace.papers.quietstar.evaluation import gain_by_difficulty, score_tasks
+from retrace.papers.quietstar.difficulty import gain_by_difficulty
+from retrace.papers.quietstar.evaluation import score_tasks
 from retrace.papers.quietstar.model import ThoughtModel
 from retrace.papers.quietstar.pretrained import from_pretrained, save_pretrained
 from retrace.papers.quietstar.trunks import base_tokenizer, build_thinker, build_trunk, load_base
