@@ -56,17 +56,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 class FirstInteger:
-    """A filter of lm-eval: the first integer behind the first `after` in each response, without its commas.
+    """A filter of lm-eval: the first integer in each response, without its commas; with `after`, the first behind it.
 
     In a task's YAML: `- {function: first_integer, after: "the answer is"}`. A response without one becomes "[none]".
     """
 
-    def __init__(self, *, after: str) -> None:
+    def __init__(self, *, after: str = "") -> None:
         self.after = after
 
     def apply(self, resps: Iterable[Sequence[str]], docs: Sequence[Any]) -> list[list[str]]:  # noqa: ARG002
         return [[self._find(response) for response in responses] for responses in resps]
 
     def _find(self, response: str) -> str:
-        found = INTEGER.search(response.partition(self.after)[2].replace(",", ""))
+        behind = response.partition(self.after)[2] if self.after else response
+        found = INTEGER.search(behind.replace(",", ""))
         return found.group() if found else NO_ANSWER

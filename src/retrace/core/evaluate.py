@@ -191,7 +191,7 @@ def _load(file: TaskFile, *, rows: Mapping[str, Rows] | None) -> Any:
         mean = {"aggregation": "mean", "higher_is_better": True}
         settings["metric_list"] = [{"metric": "prob", **mean}, {"metric": "acc", **mean}]
         settings["process_results"] = answer_metrics
-        settings |= {key: _compiled(settings[key]) for key in ("doc_to_text", "doc_to_target")}
+    settings |= {key: _compiled(settings[key]) for key in _templates(file)}
     try:
         # Only within a group are settings merged into those of the task's file; given alone they replace them.
         task = manager.load([{"group": "one", "task": [settings]}])["tasks"][file.name]
@@ -201,6 +201,13 @@ def _load(file: TaskFile, *, rows: Mapping[str, Rows] | None) -> Any:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return task
+
+
+def _templates(file: TaskFile) -> list[str]:
+    """Settings that are plain templates: lm-eval reads a bare field's name, choices and lists in ways of its own."""
+    plain = file.allowed is not None or ("doc_to_choice" not in file.settings and not file.includes)
+    texts = {key: file.settings.get(key) for key in ("doc_to_text", "doc_to_target")}
+    return [key for key, text in texts.items() if plain and isinstance(text, str) and "{{" in text and text[0] != "["]
 
 
 def _compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
@@ -258,18 +265,16 @@ def language_model(load: Callable[..., tuple[Scorer, int]], *, tasks_dir: Path) 
     hold there too: its `acc` is ours. Its `prob` has no name in lm-eval, which prints the perplexity of the answer:
     exp of the mean of -log(prob) over the items.
     """
-    from tqdm import tqdm
 
     class CommandLineModel(_language_model()):  # type: ignore[misc]  # known once lm-eval is imported
         def __init__(self, **arguments: Any) -> None:
             scorer, seed = load(**arguments)
-            bar = tqdm(total=1.0, bar_format="answers: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]")
             super().__init__(
                 scorer,
                 seed=seed,
                 answers_of=self._answers,
                 responses=Responses(),
-                on_progress=lambda share: bar.update(share - bar.n),
+                on_progress=_progress_bar(),
             )
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -286,3 +291,20 @@ def language_model(load: Callable[..., tuple[Scorer, int]], *, tasks_dir: Path) 
             return file.allowed
 
     return CommandLineModel
+
+
+def _progress_bar() -> OnProgress:
+    """A bar in the terminal for each round of requests."""
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def show(share: float) -> None:
+        nonlocal bar
+        bar = bar or tqdm(total=1.0, bar_format="answers: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]")
+        bar.update(share - bar.n)
+        if share == 1.0:
+            bar.close()
+            bar = None
+
+    return show

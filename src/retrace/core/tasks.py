@@ -47,6 +47,7 @@ class TaskFile:
     name: str
     folder: Path  # where lm-eval finds the task: the YAML's, or the included file's
     settings: Mapping[str, Any]  # the YAML without `include`
+    includes: bool  # a file of the installed lm-eval
     is_generated: bool  # the rows come from the caller
     local: Mapping[str, str]  # split -> file below the data folder; may be empty
     allowed: Sequence[str] | None  # answer strings
@@ -84,6 +85,7 @@ def read_task(name: str, *, tasks_dir: Path) -> TaskFile:
         name=name,
         folder=stock.parent if stock else tasks_dir,
         settings=settings,
+        includes=stock is not None,
         is_generated=is_generated,
         local=metadata.get("local") or {},
         allowed=metadata.get("allowed"),
