@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from retrace.core.answers import answer_ids
-from retrace.core.evaluate import _language_model, _load, evaluate_task
+from retrace.core.evaluate import _load, evaluate_task, scorer_model
 from retrace.core.requests import Responses, Scorer, encode_pair
 from retrace.core.scoring import CausalLMScorer, PositionScorer
 from retrace.core.tasks import read_task
@@ -110,7 +110,7 @@ def requests_of(*arguments: Any) -> list[Any]:
 
 def model_of(scorer: Scorer, *, seed: int = 0) -> Any:
     """The scorer as a model of lm-eval."""
-    return _language_model()(
+    return scorer_model()(
         scorer, seed=seed, answers_of=lambda _: None, responses=Responses(), on_progress=lambda _: None
     )
 

@@ -11,7 +11,7 @@ import torch
 from test_evaluate import DIGITS, TEXT, Bigram, byte_pair_tokenizer, requests_of, tiny_model, write_task
 
 from retrace.core.answers import FirstInteger
-from retrace.core.evaluate import _language_model, evaluate_task
+from retrace.core.evaluate import evaluate_task, scorer_model
 from retrace.core.requests import GenerationSettings, Responses, ScorerRequests
 from retrace.core.scoring import CausalLMScorer, draw
 
@@ -66,7 +66,7 @@ def scorer() -> CausalLMScorer:
 
 
 def model(scorer: Any, *, seed: int = 0, path: Path | None = None, on_progress: Any = lambda _: None) -> ScorerRequests:
-    return _language_model()(
+    return scorer_model()(
         scorer, seed=seed, answers_of=lambda _: None, responses=Responses(path), on_progress=on_progress
     )
 

@@ -84,7 +84,7 @@ def evaluate_task(
         task = _load(file, rows=read_rows(file, data_dir=data_dir, generated=generated))
         for done, (key, thought_seed, scorer) in enumerate(runs):
             kept = _join(name, key, "" if thought_seed is None else f"seed{thought_seed}")
-            model = _language_model()(
+            model = scorer_model()(
                 scorer,
                 seed=seed,
                 answers_of=lambda _: file.allowed,
@@ -174,7 +174,7 @@ def _load(file: TaskFile, *, rows: Mapping[str, Rows] | None) -> Any:
     from datasets import Dataset
     from lm_eval.tasks import TaskManager
 
-    _language_model()  # registers what the task's filters may name
+    scorer_model()  # registers what the task's filters may name
     manager = TaskManager(include_path=str(file.folder), include_defaults=False)  # the defaults take 7 to 24 s to list
     stock = manager.task_index[file.name].cfg or {}
     metadata = (config.get("metadata") or {} for config in (stock, file.settings))
@@ -231,7 +231,7 @@ def _quiet() -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _language_model() -> Any:
+def scorer_model() -> Any:
     """`ScorerRequests` as one of lm-eval's models; its base class is only known once lm-eval is imported."""
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_filter
@@ -256,55 +256,3 @@ def _language_model() -> Any:
             return [sum(loglikelihood for loglikelihood, _ in islice(scores, len(text))) for text in windows]
 
     return ScorerModel
-
-
-def language_model(load: Callable[..., tuple[Scorer, int]], *, tasks_dir: Path) -> Any:
-    """A class for lm-eval's own command line: `lm_eval --model NAME --model_args key=value,...`.
-
-    `load` makes of the arguments a scorer and the seed of sampled texts. Of a task of `tasks_dir` the `allowed` answers
-    hold there too: its `acc` is ours. Its `prob` has no name in lm-eval, which prints the perplexity of the answer:
-    exp of the mean of -log(prob) over the items.
-    """
-
-    class CommandLineModel(_language_model()):  # type: ignore[misc]  # known once lm-eval is imported
-        def __init__(self, **arguments: Any) -> None:
-            scorer, seed = load(**arguments)
-            super().__init__(
-                scorer,
-                seed=seed,
-                answers_of=self._answers,
-                responses=Responses(),
-                on_progress=_progress_bar(),
-            )
-
-        def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            for task in {request.task_name for request in requests}:
-                self._answers(task)
-            return super().generate_until(requests)
-
-        def _answers(self, task: str) -> Sequence[str] | None:
-            if not (tasks_dir / f"{task}.yaml").is_file():
-                return None
-            file = read_task(task, tasks_dir=tasks_dir)
-            if file.subset is not None:
-                raise ValueError(f"{task}: metadata.subset is for `retrace run`: here, choose items with --samples")
-            return file.allowed
-
-    return CommandLineModel
-
-
-def _progress_bar() -> OnProgress:
-    """A bar in the terminal for each round of requests."""
-    from tqdm import tqdm
-
-    bar: Any = None
-
-    def show(share: float) -> None:
-        nonlocal bar
-        bar = bar or tqdm(total=1.0, bar_format="answers: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]")
-        bar.update(share - bar.n)
-        if share == 1.0:
-            bar.close()
-            bar = None
-
-    return show

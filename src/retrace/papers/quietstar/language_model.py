@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator
 
+from retrace.core.command_line import language_model
 from retrace.core.config import Frozen, validate
-from retrace.core.evaluate import language_model
 from retrace.core.requests import Scorer
 from retrace.papers.quietstar.config import TASKS
 from retrace.papers.quietstar.pretrained import from_pretrained
