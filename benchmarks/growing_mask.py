@@ -226,6 +226,31 @@ def _losses(
     return ReferenceStep(loss, base_loss, talk_loss, policy_loss, reward_BPI, thoughts, hidden)
 
 
+@torch.no_grad()
+def reference_next_token(model: ThoughtModel, ids_BT: Tensor, *, attention: str = "sdpa") -> Tensor:
+    """The likeliest next token (B,), by a greedy thought at every position of the whole text, as published code writes.
+
+    For models with START, END and a mixing head.
+    """
+    embed, lm_head = model.trunk.get_input_embeddings(), _logits(model.trunk)
+    real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    position_ids = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
+    with own_attention(model.trunk, attention) as trunk:
+        passes = Passes(trunk, growing_mask(real_BT, model.config.num_sampled + 3, embed.weight.dtype), position_ids)
+        base_BTC = passes.feed(embed(ids_BT))
+        assert model.start_embedding is not None
+        assert model.end_embedding is not None
+        assert model.mixing_head is not None
+        state = passes.feed(model.start_embedding.expand_as(base_BTC))
+        for _ in range(model.config.num_sampled):
+            token_BT = lm_head(state).index_fill(-1, model.blocked, -torch.inf).argmax(-1)
+            state = passes.feed(embed(token_BT))
+        state = passes.feed(model.end_embedding.expand_as(state))
+        weight = _mixing_weight(model.mixing_head, torch.cat([base_BTC, state], -1))
+        mixed_BTV = lm_head((1 - weight) * base_BTC + weight * state)  # of every position, of which one is looked at
+    return mixed_BTV[:, -1].index_fill(-1, model.blocked, -torch.inf).argmax(-1)
+
+
 def naive_hidden(trunk: PreTrainedModel, input_ids_T: Tensor, thread_KC: Tensor, *, position: int) -> Tensor:
     """Hidden states (K, C) of one thread after text 0..`position`: one ordinary causal run, positions 0, 1, 2, ..."""
     text_1IC = trunk.get_input_embeddings()(input_ids_T[None, : position + 1])

@@ -37,7 +37,7 @@ class ThoughtState:
     """One text with its threads, over all passes.
 
     `num_slots` thread tokens have room. `capacity` is how many text tokens have room, None for those that are there:
-    more can only be read without gradients. Without either nothing is kept of the text.
+    more can only be read without gradients, and only the last one thinks. Without either nothing is kept of the text.
     """
 
     reach: Reach
@@ -49,6 +49,11 @@ class ThoughtState:
     calls: int = 0
     memories: dict[int, LayerMemory] = field(default_factory=dict)
     links: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_tail(self) -> bool:
+        """Whether the only thread is the text's own continuation: its keys lie behind the text's until more comes."""
+        return self.capacity is not None and self.num_thoughts == 1
 
 
 @dataclass(frozen=True)
@@ -106,10 +111,11 @@ def thought_attention(
     state, layer = here.state, int(module.layer_idx)  # type: ignore[arg-type]  # transformers numbers its layers
     state.calls += 1
     scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
-    if here.num_new == 0:
+    if here.num_new == 0 or state.is_tail:
+        begin = here.num_read if here.num_new == 0 else state.reach.num_text + here.num_done
         if state.num_slots or state.capacity:
-            key_BGLD, value_BGLD = _remember(here, layer, key_BGLD, value_BGLD)
-        mask = _text_mask(state.reach, here.num_read, sliding_window, query_BHLD.device)
+            key_BGLD, value_BGLD = _remember(state, layer, begin, key_BGLD, value_BGLD)
+        mask = _text_mask(state.reach, begin, key_BGLD.shape[2], sliding_window, query_BHLD.device)
         output_BHLD = _text_attention(query_BHLD, key_BGLD, value_BGLD, mask, scale=scale, softcap=softcap)
         return output_BHLD.transpose(1, 2).contiguous(), None
     num_positions, num_heads = state.reach.num_positions, key_BGLD.shape[1]
@@ -192,37 +198,37 @@ def _capped_attention(
     return scores.softmax(-1, dtype=wide).to(scores.dtype) @ value_BHTD
 
 
-def _text_mask(reach: Reach, num_read: int, window: int | None, device: torch.device) -> Tensor | None:
-    """(B or 1, 1, L, T), True where the L tokens after `num_read` attend to; None for plain causal attention."""
-    plain = reach.text_allowed_BT is None and (window is None or window >= reach.num_text)
-    if plain and num_read in (0, reach.num_text - 1):
+def _text_mask(reach: Reach, begin: int, end: int, window: int | None, device: torch.device) -> Tensor | None:
+    """(B or 1, 1, L, T), True where the L tokens [begin, end) attend to; None for plain causal attention."""
+    plain = reach.text_allowed_BT is None and (window is None or window >= end)
+    if plain and (begin == 0 or begin == end - 1):
         return None
-    distance_LT = torch.arange(num_read, reach.num_text, device=device)[:, None] - torch.arange(
-        reach.num_text, device=device
-    )
+    distance_LT = torch.arange(begin, end, device=device)[:, None] - torch.arange(end, device=device)
     mask = (distance_LT >= 0)[None, None]
     if window is not None:
         mask = mask & (distance_LT < window)
     if reach.text_allowed_BT is not None:
-        mask = mask & reach.text_allowed_BT[:, None, None]
+        mask = mask & F.pad(reach.text_allowed_BT, (0, end - reach.num_text), value=True)[:, None, None]
     return mask | (distance_LT == 0)  # a padded row sees itself: a row without any key would be NaN
 
 
-def _remember(here: ThoughtPass, layer: int, key_BGLD: Tensor, value_BGLD: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the new text's keys and values; those of all text so far, which it attends to.
+def _remember(
+    state: ThoughtState, layer: int, begin: int, key_BGLD: Tensor, value_BGLD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keep the keys and values of tokens from `begin` on; those of all tokens so far, which they attend to.
 
     Those of the first pass are linked to what threads will add to their gradients.
     """
-    state, num_text = here.state, here.state.reach.num_text
-    if here.num_read == 0:
-        room = (*key_BGLD.shape[:2], state.capacity or num_text)
-        key, value = (x.new_empty(*room, x.shape[3]) for x in (key_BGLD, value_BGLD))
+    end = begin + key_BGLD.shape[2]
+    if begin == 0:
+        num_tokens = end if state.capacity is None else state.capacity + state.num_slots * state.is_tail
+        key, value = (x.new_empty(*x.shape[:2], num_tokens, x.shape[3]) for x in (key_BGLD, value_BGLD))
         state.memories[layer] = LayerMemory((key, value))
     memory = state.memories[layer]
     for buffer, new in zip(memory.text_BGTD, (key_BGLD, value_BGLD), strict=True):
-        buffer[:, :, here.num_read : num_text] = new.detach()
-    if here.num_read == 0:
+        buffer[:, :, begin:end] = new.detach()
+    if begin == 0:
         state.links[layer] = KeptText.apply(key_BGLD, value_BGLD, memory)
         return key_BGLD, value_BGLD
     key_BGTD, value_BGTD = memory.text_BGTD
-    return key_BGTD[:, :, :num_text], value_BGTD[:, :, :num_text]
+    return key_BGTD[:, :, :end], value_BGTD[:, :, :end]

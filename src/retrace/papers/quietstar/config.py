@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from retrace.core.config import CONFIGS, Experiment, Frozen, data_root
 from retrace.core.cost import DecoderShape
@@ -21,7 +21,12 @@ from retrace.papers.quietstar.texts import TextCorpusConfig
 from retrace.papers.quietstar.world import CorpusConfig
 
 TASKS = CONFIGS / "quietstar" / "tasks"
-GENERATED: dict[str, Literal["arithmetic", "facts"]] = {"chains_direct": "arithmetic", "facts_direct": "facts"}
+MIN_SEEDS = 3  # of sampled thoughts: fewer say nothing of the spread
+GENERATED: dict[str, Literal["arithmetic", "facts"]] = {
+    "chains_cot": "arithmetic",
+    "chains_direct": "arithmetic",
+    "facts_direct": "facts",
+}
 
 
 class MixingHead(Frozen):
@@ -207,8 +212,18 @@ class EvalConfig(Frozen):
     limit: int | None = Field(None, ge=1)  # items of each task; null: all
     num_windows: int = Field(ge=1)  # held-out text for the deciles of difficulty
     batch_size: int = Field(ge=1)
-    thought_decoding: Literal["greedy", "sample"]
+    thought_seeds: Literal["greedy"] | tuple[int, ...]  # greedy thoughts; or sampled ones, and the metrics are means
     page_windows: int = Field(ge=0, le=16)  # of that text, shown token by token on the page of thoughts; 0: no page
+
+    @field_validator("thought_seeds", mode="before")
+    @classmethod
+    def _several_seeds(cls, given: Any) -> Any:
+        different = isinstance(given, (list, tuple)) and len(set(map(str, given))) == len(given) >= MIN_SEEDS
+        if given != "greedy" and not (different and all(type(seed) is int and seed >= 0 for seed in given)):
+            raise ValueError(
+                f"expected greedy, or {MIN_SEEDS} or more different seeds of sampled thoughts, as in [0,1,2]"
+            )
+        return tuple(given) if different else given
 
 
 class QuietStarConfig(Experiment):

@@ -17,9 +17,9 @@ from retrace.papers.quietstar.thoughtpage import Part, page
 def page_of_thoughts(
     model: ThoughtModel, tokenizer: PreTrainedTokenizerBase, texts: Batch, *, config: EvaluateConfig, ctx: Context
 ) -> str:
-    """The first windows of the held-out text, token by token, as HTML."""
-    greedy = config.eval.thought_decoding == "greedy"
-    decoding = GREEDY if greedy else Decoding(num_samples=1, seed=config.seed)
+    """The first windows of the held-out text, token by token, as HTML; of sampled thoughts, one for each seed."""
+    seeds = config.eval.thought_seeds
+    decoding = GREEDY if seeds == "greedy" else Decoding(num_samples=len(seeds), seed=seeds[0])
     parts = []
     for number in range(min(config.eval.page_windows, config.eval.num_windows)):
         ids = texts["input_ids"][number][texts["attention_mask"][number].bool()].tolist()

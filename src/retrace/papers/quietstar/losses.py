@@ -14,7 +14,8 @@ from torch import Tensor
 
 from retrace.papers.quietstar.head import OutputHead
 
-CHUNK_LOGITS = 2**21  # logits alive at a time, 8 MiB in fp32: large enough for a full matrix product
+CHUNK_LOGITS = {"cpu": 2**21}  # logits alive at a time, 8 MiB in fp32: large enough for a full matrix product
+CHUNK_LOGITS_ELSEWHERE = 2**27
 
 Generators = torch.Generator | Sequence[torch.Generator]  # one for all rows, or one for each sequence
 
@@ -44,7 +45,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         head = OutputHead(weight, None if bias_V is None else bias_V.to(dtype), scale, softcap)
         factor_R = (coefficient_R * (scale / temperature)).to(wide)
         nll_R = torch.empty(len(target_R), dtype=wide, device=hidden.device)
-        for rows in _chunks(len(target_R), len(weight)):
+        for rows in _chunks(target_R, len(weight)):
             scores = head.logits(hidden[rows], temperature=temperature, blocked=blocked)
             index, factor = target_R[rows, None], factor_R[rows, None]
             probs = torch.softmax(scores, -1)
@@ -93,7 +94,7 @@ def weighted_cross_entropy(
 def entropies(hidden_RC: Tensor, *, head: OutputHead) -> Tensor:
     """Entropy (R,) of the predicted distributions, in nats."""
     found = []
-    for rows in _chunks(len(hidden_RC), len(head.weight_VC)):
+    for rows in _chunks(hidden_RC, len(head.weight_VC)):
         log_probs = head.log_probs(hidden_RC[rows])
         found.append(-(log_probs.exp() * log_probs).sum(-1))
     return torch.cat(found)
@@ -131,7 +132,7 @@ def sample_tokens(
         None if generator is None else uniform((batch, num_positions, num_shared, draws), generator, hidden_RC.device)
     )
     tokens = []
-    for rows in _chunks(len(hidden_RC), len(head.weight_VC)):
+    for rows in _chunks(hidden_RC, len(head.weight_VC)):
         scores = head.logits(hidden_RC[rows], temperature=temperature, blocked=blocked)
         if noise is None:
             tokens.append(scores.argmax(-1, keepdim=True).expand(-1, draws))
@@ -159,9 +160,9 @@ def invert(scores_RV: Tensor, noise_RD: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True)
 
 
-def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    size = max(1, CHUNK_LOGITS // vocab_size)
-    return (slice(start, start + size) for start in range(0, num_rows, size))
+def _chunks(rows: Tensor, vocab_size: int) -> Iterator[slice]:
+    size = max(1, CHUNK_LOGITS.get(rows.device.type, CHUNK_LOGITS_ELSEWHERE) // vocab_size)
+    return (slice(start, start + size) for start in range(0, len(rows), size))
 
 
 def _product_dtype(tensor: Tensor) -> torch.dtype:

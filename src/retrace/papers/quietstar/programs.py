@@ -15,7 +15,8 @@ from retrace.core.context import Context
 from retrace.core.train import Batch, Group, fit
 from retrace.papers.quietstar import cost
 from retrace.papers.quietstar.config import DistillConfig, EvaluateConfig, PretrainConfig, TrainConfig
-from retrace.papers.quietstar.evaluation import gain_by_difficulty, score_tasks
+from retrace.papers.quietstar.difficulty import gain_by_difficulty
+from retrace.papers.quietstar.evaluation import score_tasks
 from retrace.papers.quietstar.heldout import page_of_thoughts
 from retrace.papers.quietstar.model import ThoughtModel
 from retrace.papers.quietstar.pretrained import from_pretrained, save_pretrained
