@@ -13,7 +13,7 @@ from test_evaluate import DIGITS, TEXT, Bigram, byte_pair_tokenizer, requests_of
 from retrace.core.answers import FirstInteger
 from retrace.core.evaluate import evaluate_task, scorer_model
 from retrace.core.requests import GenerationSettings, Responses, ScorerRequests
-from retrace.core.scoring import CausalLMScorer, draw
+from retrace.core.scoring import CausalLMScorer, choose
 
 
 @pytest.mark.parametrize(
@@ -51,12 +51,12 @@ def test_drawn_tokens_follow_the_softmax_at_their_temperature():
     logits_V = torch.tensor([0.0, 1.0, -torch.inf, 2.0])
     noise_B = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
     for temperature in (0.5, 1.0, 2.0):
-        tokens = draw(logits_V.expand(len(noise_B), -1), temperature=temperature, noise_B=noise_B)
+        tokens = choose(logits_V.expand(len(noise_B), -1), temperature=temperature, noise_B=noise_B)
         shares = torch.bincount(tokens, minlength=4) / len(noise_B)
         torch.testing.assert_close(shares, (logits_V / temperature).softmax(-1), atol=0.01, rtol=0)
-    ends = draw(logits_V.expand(2, -1), temperature=1.0, noise_B=torch.tensor([0.0, 1.0]))
+    ends = choose(logits_V.expand(2, -1), temperature=1.0, noise_B=torch.tensor([0.0, 1.0]))
     assert ends.tolist() == [0, 3]  # never the token of probability 0
-    assert draw(logits_V[None], temperature=0.0, noise_B=torch.zeros(1)).tolist() == [3]
+    assert choose(logits_V[None], temperature=0.0, noise_B=torch.zeros(1)).tolist() == [3]
 
 
 @pytest.fixture(scope="module")

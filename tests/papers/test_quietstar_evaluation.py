@@ -25,8 +25,8 @@ from retrace.core.tracking import Tracker
 from retrace.papers.quietstar import difficulty, evaluation
 from retrace.papers.quietstar.config import TASKS, EvaluateConfig, MixingHead, ThoughtConfig
 from retrace.papers.quietstar.corpus import questions
-from retrace.papers.quietstar.model import ThoughtModel
-from retrace.papers.quietstar.scorer import ThoughtScorer, predict
+from retrace.papers.quietstar.model import Prediction, ThoughtModel
+from retrace.papers.quietstar.scorer import ThoughtScorer, thought_noise
 from retrace.papers.quietstar.tokenizer import build_tokenizer
 from retrace.papers.quietstar.windows import Windows
 
@@ -122,7 +122,7 @@ def test_generation_thinks_before_every_token() -> None:
         while len(whole) < len(ids) + 6 and "." not in TOKENIZER.decode(whole[len(ids) :]):
             last = torch.tensor([[len(whole) - 1]])
             found = model.predict(torch.tensor([whole]), None, last, generator=None)
-            whole.append(int(found.mixed_BNV.argmax()))
+            whole.append(int(found.mixed_BNV[0, 0].index_fill(-1, model.blocked, -torch.inf).argmax()))
             if whole[-1] == TOKENIZER.eos_token_id:
                 break
         plain.append(TOKENIZER.decode(whole[len(ids) :], skip_special_tokens=True))
@@ -131,17 +131,23 @@ def test_generation_thinks_before_every_token() -> None:
     assert silent.generate(contexts, stop=["."], max_new_tokens=6, temperature=0.0, seeds=[0, 0]) != texts
 
 
-def test_predictions_in_rows_are_those_in_a_batch_up_to_their_noise() -> None:
-    """Row by row, as noisy ones are, without padding: with one-hot thoughts there is no noise to differ by."""
+def test_sampled_thoughts_of_a_row_do_not_depend_on_the_batch_around_it() -> None:
     model = thinker()
-    model.config = model.config.model_copy(update={"sample_temperature": 1e-6})  # sampling is then greedy
     ids_BT, mask_BT = torch.randint(10, 90, (3, 12)), torch.ones(3, 12, dtype=torch.long)
     mask_BT[1, 8:] = 0
     positions_BN = torch.tensor([[2, 5, 11], [3, 7, 7], [0, 0, 0]])
-    greedy = predict(model, ids_BT, mask_BT, positions_BN, seeds=[1, 2, 3], thought_seed=None)
-    rows = predict(model, ids_BT, mask_BT, positions_BN, seeds=[1, 2, 3], thought_seed=4)
-    for name in ("base_BNV", "mixed_BNV", "weight_BN", "thoughts_BPNM"):
-        torch.testing.assert_close(getattr(rows, name), getattr(greedy, name), rtol=1e-4, atol=1e-5)
+
+    def predicted(rows: list[int], num_positions: int, seed: int = 4) -> Prediction:
+        noise = thought_noise(seed, [row + 1 for row in rows], "cpu")
+        chosen = positions_BN[rows, :num_positions]
+        return model.predict(ids_BT[rows], mask_BT[rows], chosen, generator=noise)
+
+    whole = predicted([0, 1, 2], 3)
+    for row, num_positions in ((0, 3), (1, 2), (2, 1)):
+        alone = predicted([row], num_positions)
+        assert torch.equal(alone.thoughts_BPNM[0], whole.thoughts_BPNM[row, :, :num_positions])
+        torch.testing.assert_close(alone.mixed_BNV[0], whole.mixed_BNV[row, :num_positions], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(whole.thoughts_BPNM, predicted([0, 1, 2], 3, seed=5).thoughts_BPNM)
 
 
 def test_a_stopped_evaluation_goes_on_with_the_same_numbers(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import torch
 from thinkers import HIDDEN_IDS, build, seeded
 from torch import Tensor
 
+from retrace.core.data import draw
 from retrace.papers.quietstar.generation import generate
-from retrace.papers.quietstar.losses import Generators, invert, uniform
+from retrace.papers.quietstar.losses import Generators, uniform
 from retrace.papers.quietstar.model import ThoughtModel
 
 NUM_NEW = 7
@@ -34,7 +35,7 @@ def recompute(
         scores = found[:, 0].index_fill(-1, model.blocked, -torch.inf)
         token = scores.argmax(-1, keepdim=True)
         if generator is not None:
-            token = invert(scores / temperature, uniform((1, 1), generator, ids_1T.device))
+            token = draw(scores / temperature, uniform((1, 1), generator, ids_1T.device))
         ids_1T = torch.cat([ids_1T, token], 1)
     return ids_1T[:, -NUM_NEW:]
 

@@ -139,7 +139,7 @@ def test_thoughts_do_not_see_later_text(family: str) -> None:
     before = thread_hidden(model, ids_BT, mask_BT, thoughts_BPTM)
     after = thread_hidden(model, changed_BT, mask_BT, thoughts_BPTM)
     num_thinking = 4  # START and three sampled tokens; the true tokens that follow END may differ
-    torch.testing.assert_close(before[:, :6, :, :num_thinking], after[:, :6, :, :num_thinking], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(before[:, :6, :, :num_thinking], after[:, :6, :, :num_thinking], atol=5e-6, rtol=1e-5)
     assert not torch.allclose(before[:, 6:, :, :num_thinking], after[:, 6:, :, :num_thinking])
 
 
@@ -346,7 +346,7 @@ def test_positions_are_every_kth_or_the_ones_that_the_base_finds_hardest() -> No
     assert isinstance(chosen, Tensor)
     for row, (kept, real) in enumerate(zip(chosen, mask_BT.bool(), strict=True)):
         inside = [i for i in range(10) if real[i] and real[i + 1]]
-        assert kept.tolist() == sorted(sorted(inside, key=lambda i: -float(entropy[row, i]))[:3])
+        assert kept.tolist() == sorted(sorted(inside, key=lambda i: -entropy[row, i].item())[:3])
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

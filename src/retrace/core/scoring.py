@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from retrace.core.data import derive_seed, generator
+from retrace.core.data import derive_seed, draw, generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -136,7 +136,7 @@ class PositionScorer(ABC):
             last_B1 = mask_BT.sum(-1, keepdim=True) - 1
             steps = [derive_seed(seeds[i], "step", step) for i in live]
             logits_BV = self.logits(ids_BT, mask_BT, last_B1, seeds=steps)[:, 0]
-            tokens = draw(logits_BV, temperature=temperature, noise_B=noise_BL[live, step]).tolist()
+            tokens = choose(logits_BV, temperature=temperature, noise_B=noise_BL[live, step]).tolist()
             for i, token in zip(live, tokens, strict=True):
                 new[i].append(token)
             live = [i for i in live if not self._has_ended(new[i], stop)]
@@ -168,16 +168,11 @@ def token_noise(seeds: Sequence[int], num_tokens: int) -> Tensor:
     return torch.stack([torch.rand(num_tokens, generator=generator(seed, "tokens")) for seed in seeds])
 
 
-def draw(logits_BV: Tensor, *, temperature: float, noise_B: Tensor) -> Tensor:
-    """The token at which the cumulative distribution passes the noise (B); the likeliest at temperature 0."""
+def choose(logits_BV: Tensor, *, temperature: float, noise_B: Tensor) -> Tensor:
+    """The token (B) that the noise draws; the likeliest at temperature 0."""
     if temperature == 0:
         return logits_BV.argmax(-1)
-    cumulative_BV = (logits_BV.float() / temperature).softmax(-1).cumsum(-1)
-    total_B1 = cumulative_BV[:, -1:]
-    # rounding must not reach the total itself: the first index above it may be a token of probability 0
-    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
-    threshold_B1 = torch.minimum(noise_B.to(cumulative_BV.device)[:, None] * total_B1, below_B1)
-    return torch.searchsorted(cumulative_BV, threshold_B1, right=True)[:, 0]
+    return draw(logits_BV / temperature, noise_B.to(logits_BV.device)[:, None])[:, 0]
 
 
 class CausalLMScorer(PositionScorer):
@@ -239,7 +234,7 @@ class _Drawn(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         noise_B = self.noise_BL[:, input_ids.shape[1] - self.start]
-        tokens_B = draw(scores, temperature=self.temperature, noise_B=noise_B)
+        tokens_B = choose(scores, temperature=self.temperature, noise_B=noise_B)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens_B[:, None], 0.0)
 
 

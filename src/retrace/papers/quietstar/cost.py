@@ -14,10 +14,10 @@ from retrace.papers.quietstar.config import (
     EvaluateConfig,
     Model,
     PretrainConfig,
-    PretrainedModel,
     ThoughtConfig,
     TrainConfig,
 )
+from retrace.papers.quietstar.models import PretrainedModel
 from retrace.papers.quietstar.texts import TextCorpusConfig
 from retrace.papers.quietstar.vocabulary import vocabulary
 

@@ -17,7 +17,7 @@ from retrace.core.scoring import row_seed
 from retrace.core.store import write_atomic
 from retrace.papers.quietstar.config import EvaluateConfig
 from retrace.papers.quietstar.model import ThoughtModel
-from retrace.papers.quietstar.scorer import predict
+from retrace.papers.quietstar.scorer import thought_noise
 
 DECILES = 10
 TOKENS = "tokens.safetensors"  # in the run's folder
@@ -78,7 +78,7 @@ def token_losses(
         positions_BN = torch.arange(ids_BT.shape[1] - 1, device=device).expand(len(ids_BT), -1)
         rows = [row_seed(ids_T[mask_T.bool()].tolist()) for ids_T, mask_T in zip(ids_BT, mask_BT, strict=True)]
         found = [
-            predict(model, ids_BT, mask_BT, positions_BN, seeds=rows, thought_seed=seed)
+            model.predict(ids_BT, mask_BT, positions_BN, generator=thought_noise(seed, rows, device))
             for seed in ((None,) if seeds == "greedy" else seeds)
         ]
         real_BN, targets_BN1 = mask_BT[:, 1:].bool(), ids_BT[:, 1:, None]

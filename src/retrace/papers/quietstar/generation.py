@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from retrace.papers.quietstar.losses import Generators, invert, uniform
+from retrace.core.data import draw
+from retrace.papers.quietstar.losses import Generators, uniform
 from retrace.papers.quietstar.model import ThoughtModel
 from retrace.papers.quietstar.passes import Passes
 
@@ -80,7 +81,7 @@ def _choose(scores_BV: Tensor, temperature: float, generator: Generators | None)
     if generator is None:
         return scores_BV.argmax(-1)
     noise_B1 = uniform((len(scores_BV), 1), generator, scores_BV.device)
-    return invert(scores_BV / temperature, noise_B1)[:, 0]
+    return draw(scores_BV / temperature, noise_B1)[:, 0]
 
 
 def _pad_left(input_ids_BT: Tensor, attention_mask_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from retrace.core.data import draw
 from retrace.papers.quietstar.head import OutputHead
 
 CHUNK_LOGITS = {"cpu": 2**21}  # logits alive at a time, 8 MiB in fp32: large enough for a full matrix product
@@ -122,22 +123,19 @@ def sample_tokens(
     num_thoughts: int,
     temperature: float,
     blocked: Tensor,
-    generator: Generators | None,
+    noise_BNP: Tensor | None,
 ) -> Tensor:
-    """Next tokens (B, N, P); without a generator the likeliest ones."""
+    """Next tokens (B, N, P) from uniform noise; without it the likeliest ones."""
     batch, num_positions, num_shared, hidden_size = hidden_BNQC.shape
     hidden_RC = hidden_BNQC.reshape(-1, hidden_size)
     draws = num_thoughts // num_shared
-    noise = (
-        None if generator is None else uniform((batch, num_positions, num_shared, draws), generator, hidden_RC.device)
-    )
     tokens = []
     for rows in _chunks(hidden_RC, len(head.weight_VC)):
         scores = head.logits(hidden_RC[rows], temperature=temperature, blocked=blocked)
-        if noise is None:
+        if noise_BNP is None:
             tokens.append(scores.argmax(-1, keepdim=True).expand(-1, draws))
         else:
-            tokens.append(invert(scores, noise.view(-1, draws)[rows]))
+            tokens.append(draw(scores, noise_BNP.reshape(-1, draws)[rows]))
     return torch.cat(tokens).view(batch, num_positions, num_thoughts)
 
 
@@ -149,15 +147,6 @@ def uniform(shape: tuple[int, ...], generator: Generators, device: torch.device)
     if len(rows) != shape[0]:
         raise ValueError(f"{len(rows)} generators for {shape[0]} sequences: give one for each, or a single one")
     return torch.stack(rows)
-
-
-def invert(scores_RV: Tensor, noise_RD: Tensor) -> Tensor:
-    """Tokens (R, D) from uniform noise, by inversion of the cumulative distribution in fp32."""
-    cumulative = scores_RV.float().softmax(-1).cumsum(-1)
-    total = cumulative[:, -1:]
-    # rounding must not reach the total itself: the first index above it may be a blocked token
-    threshold = torch.minimum(noise_RD * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold, right=True)
 
 
 def _chunks(rows: Tensor, vocab_size: int) -> Iterator[slice]:

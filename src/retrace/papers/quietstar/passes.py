@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from retrace.papers.quietstar.attention import ThoughtState, run_trunk
-from retrace.papers.quietstar.losses import Generators, sample_tokens
+from retrace.papers.quietstar.losses import Generators, sample_tokens, uniform
 from retrace.papers.quietstar.memory import Reach
 from retrace.papers.quietstar.objective import Thinking, following
 
@@ -91,8 +91,13 @@ class Passes:
         self.state.reach = Reach(num_text, range(num_text - 1, num_text), self.real_BT if padded else None)
 
     def think(self, base_BNC: Tensor, generator: Generators | None, thoughts_BNPM: Tensor | None = None) -> Thinking:
-        """Sample thoughts after the text's hidden states, or follow given ones. The last token is not fed yet."""
+        """Sample thoughts after the text's hidden states, or follow given ones. The last token is not fed yet.
+
+        Noise comes position by position, so that further positions leave that of the first ones as it is.
+        """
         model, hidden_BNQC = self.model, base_BNC[:, :, None]
+        shape = (*base_BNC.shape[:2], self.state.num_thoughts, model.config.num_sampled)
+        noise_BNPM = None if generator is None else uniform(shape, generator, base_BNC.device)
         if (opening_KC := model.opening()) is not None:  # one opening serves all thoughts of a position
             tokens = opening_KC.expand(*hidden_BNQC.shape[:2], 1, -1, -1)
             hidden_BNQC = self._continue(tokens)[:, :, :, -1]
@@ -110,7 +115,7 @@ class Passes:
                 num_thoughts=self.state.num_thoughts,
                 temperature=model.config.sample_temperature,
                 blocked=model.blocked,
-                generator=generator,
+                noise_BNP=None if noise_BNPM is None else noise_BNPM[..., step],
             )
             tokens_BNP.append(token_BNP)
         return Thinking(before, torch.stack(tokens_BNP, -1))

@@ -1,6 +1,6 @@
 """A thinking model as a scorer: a thought before each scored or generated token, or none at all.
 
-Shapes: B rows, T tokens, N positions of a row, P thoughts a position (1), M tokens of a thought, V vocabulary.
+Shapes: B rows, T tokens, N positions of a row, L new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from retrace.core.data import generator
 from retrace.core.scoring import PositionScorer
-from retrace.papers.quietstar.model import Prediction, ThoughtModel
+from retrace.papers.quietstar.generation import generate
+from retrace.papers.quietstar.model import ThoughtModel
 
 BATCH_TOKENS = 8192
 
@@ -49,36 +50,44 @@ class ThoughtScorer(PositionScorer):
         """Next-token log-probabilities (B, N, V)."""
         if not self.think:
             return self.model.predict_base(input_ids_BT, attention_mask_BT, positions_BN)
-        found = predict(
-            self.model, input_ids_BT, attention_mask_BT, positions_BN, seeds=seeds, thought_seed=self.thought_seed
+        noise = thought_noise(self.thought_seed, seeds, self.device)
+        return self.model.predict(input_ids_BT, attention_mask_BT, positions_BN, generator=noise).mixed_BNV
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        contexts: Sequence[list[int]],
+        *,
+        stop: Sequence[str],
+        max_new_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+    ) -> list[str]:
+        """See `requests.Scorer`; with cached keys and values."""
+        ids_BT, mask_BT = self._pad(contexts, side="left")
+
+        def ended(tokens_BL: Tensor) -> Tensor:
+            return torch.tensor([self._has_ended(row, stop) for row in tokens_BL.tolist()], device=tokens_BL.device)
+
+        tokens_BL = generate(
+            self.model,
+            ids_BT,
+            mask_BT,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            temperature=temperature,
+            generator=[generator(seed, "tokens", device=self.device) for seed in seeds] if temperature else None,
+            think=self.think,
+            thought_generator=thought_noise(self.thought_seed, seeds, self.device),
+            stop=ended,
         )
-        return found.mixed_BNV
+        return self.tokenizer.batch_decode(tokens_BL, skip_special_tokens=True)
 
 
-def predict(
-    model: ThoughtModel,
-    input_ids_BT: Tensor,
-    attention_mask_BT: Tensor,
-    positions_BN: Tensor,
-    *,
-    seeds: Sequence[int],
-    thought_seed: int | None,
-) -> Prediction:
-    """`ThoughtModel.predict` after one greedy thought, or a sampled one with noise from (thought_seed, row's seed).
-
-    Rows are padded on the right. Rows with noise are read one by one, each without its padding, since
-    `ThoughtModel.predict` takes a single stream of noise for all that it is given; what is asked for behind the end of
-    a row is the prediction at its end.
-    """
+def thought_noise(
+    thought_seed: int | None, seeds: Sequence[int], device: torch.device | str
+) -> list[torch.Generator] | None:
+    """The noise of each row's thoughts, from its own seed and that of all thoughts; None where they are greedy."""
     if thought_seed is None:
-        return model.predict(input_ids_BT, attention_mask_BT, positions_BN, generator=None)
-    parts = []
-    for ids_T, mask_T, positions_N, seed in zip(input_ids_BT, attention_mask_BT, positions_BN, seeds, strict=True):
-        own_T = ids_T[mask_T.bool()]
-        own_N, place_N = positions_N.clamp(max=len(own_T) - 1).unique_consecutive(return_inverse=True)
-        noise = generator(thought_seed, "thoughts", seed, device=ids_T.device)
-        found = model.predict(own_T[None], None, own_N[None], generator=noise)
-        fields = (found.base_BNV, found.mixed_BNV, found.weight_BN, found.thoughts_BPNM.transpose(1, 2))
-        parts.append([field[:, place_N] for field in fields])
-    base_BNV, mixed_BNV, weight_BN, thoughts_BNPM = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Prediction(base_BNV, mixed_BNV, weight_BN, thoughts_BNPM.transpose(1, 2))
+        return None
+    return [generator(thought_seed, "thoughts", seed, device=device) for seed in seeds]

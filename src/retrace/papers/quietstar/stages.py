@@ -11,12 +11,11 @@ from retrace.papers.quietstar.config import (
     DistillConfig,
     EvaluateConfig,
     PretrainConfig,
-    PretrainedModel,
     QuietStarConfig,
-    ScratchModel,
     TrainConfig,
 )
 from retrace.papers.quietstar.corpus import questions
+from retrace.papers.quietstar.models import PretrainedModel, ScratchModel
 from retrace.papers.quietstar.texts import TextCorpusConfig, fingerprints
 from retrace.papers.quietstar.world import CorpusConfig
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from retrace.core.data import draw
 from retrace.core.train import Batch
 from retrace.papers.quietstar.config import DistillConfig
-from retrace.papers.quietstar.losses import invert, uniform
+from retrace.papers.quietstar.losses import uniform
 from retrace.papers.quietstar.model import ThoughtModel
 
 
@@ -42,6 +43,6 @@ def _reinforce(
     The reward is that of the true token, whatever was drawn, and positive only.
     """
     logits_RV = logits_BUV[real_BU]
-    drawn_R1 = invert(logits_RV.detach(), uniform((len(logits_RV), 1), noise, logits_RV.device))
+    drawn_R1 = draw(logits_RV.detach(), uniform((len(logits_RV), 1), noise, logits_RV.device))
     log_prob_R = (logits_RV / config.teacher.policy_temperature).log_softmax(-1).gather(1, drawn_R1)[:, 0]
     return -(reward.detach().clamp(min=0) * log_prob_R).mean()

@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from retrace.core.context import Context
 from retrace.core.data import derive_seed
-from retrace.papers.quietstar.config import Corpus, Model, ScratchModel, ThoughtConfig
+from retrace.papers.quietstar.config import Corpus, Model, ThoughtConfig
 from retrace.papers.quietstar.model import ThoughtModel
+from retrace.papers.quietstar.models import ScratchModel
 from retrace.papers.quietstar.texts import TextCorpusConfig
 from retrace.papers.quietstar.tokenizer import build_tokenizer, train_tokenizer
 from retrace.papers.quietstar.vocabulary import END, START
