@@ -27,7 +27,7 @@ from retrace.papers.quietstar.model import ThoughtModel
 from retrace.papers.quietstar.trunks import load_tokenizer
 
 SETTINGS, TENSORS = "thoughts.json", "thoughts.safetensors"
-FORMAT = 1
+FORMAT = 2
 PUBLISHED = "talk_head.0.0.weight"  # a tensor that only the official code's checkpoints have
 TRUNK = "trunk."
 
