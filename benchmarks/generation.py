@@ -1,13 +1,13 @@
 """Tokens a second from a model that thinks before every token: cached keys and values against recomputing the text.
 
-    python benchmarks/generation.py [--new 256]
+    python benchmarks/generation.py [--lengths 64 256 1024]
 
-The model is that of thought_step.py (hidden 256, 4 layers, thoughts of 9 sampled tokens), on one thread in fp32, with a
-prompt of 16 tokens, greedy. Without a cache there are three ways to write a token, from the whole text each time: as
-the published code does, by a growing mask with a thought at every position ("published"); by our threads at every
-position ("every"); by one thread at the last position ("last"). They are timed at a few lengths, evenly spaced, and
-averaged. That all write the same text is asserted first. The floor of the cached way is the time to read its weights
-once for each of the passes that a token takes: through so small a trunk, a single token is little work.
+The model is that of thought_step.py (hidden 256, 4 layers, thoughts of 9 sampled tokens) on one thread, in fp32, greedy.
+Without a cache there are three ways to write the token behind a text, from the whole text: as the published code does,
+by a growing mask with a thought at every position ("published"); by our threads at every position ("every"); by one
+thread at the last position ("last"). That all write the same text is asserted first. Times are the smallest of a few,
+for one token behind a text of each length. The floor of the cached way is the time to read its weights once for each of
+the passes that a token takes: through so small a trunk, a single token is little work.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from retrace.core.provenance import processor
 from retrace.papers.quietstar.generation import generate
 from retrace.papers.quietstar.model import ThoughtModel
 
-PROMPT, NUM_LENGTHS = 16, 6
+PROMPT, NUM_NEW, REPEATS = 16, 16, 3
 RESULTS = Path(__file__).parent / "results" / "generation.json"
 
 
@@ -60,10 +60,14 @@ WAYS: dict[str, Callable[[ThoughtModel, Tensor], Tensor]] = {
 }
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
+def seconds(call: Callable[[], object], repeats: int = REPEATS) -> float:
+    """The smallest CPU time of a few calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return min(times)
 
 
 def assert_same_text(model: ThoughtModel) -> None:
@@ -76,15 +80,12 @@ def assert_same_text(model: ThoughtModel) -> None:
         assert torch.equal(text_BT[:, PROMPT:], cached)
 
 
-def measure(model: ThoughtModel, batch: int, num_new: int) -> dict[str, float]:
-    """Seconds that a token of every sequence takes in each way, on average over a text of `num_new`."""
-    ids_BT = prompt(PROMPT, batch)
-    write(model, ids_BT, 4)
-    found = {"cached": seconds(partial(write, model, ids_BT, num_new)) / num_new}
-    lengths = [PROMPT + round((i + 0.5) * num_new / NUM_LENGTHS) for i in range(NUM_LENGTHS)]
-    for name, way in WAYS.items():
-        found[name] = sum(seconds(partial(way, model, prompt(length, batch))) for length in lengths) / NUM_LENGTHS
-    return found
+def measure(model: ThoughtModel, batch: int, length: int) -> dict[str, float]:
+    """Seconds for one more token of every sequence behind texts of `length` tokens, in each way."""
+    ids_BT = prompt(length, batch)
+    reading = seconds(partial(write, model, ids_BT, 1))
+    found = {"cached": (seconds(partial(write, model, ids_BT, 1 + NUM_NEW)) - reading) / NUM_NEW}
+    return found | {name: seconds(partial(way, model, ids_BT)) for name, way in WAYS.items()}
 
 
 def floor(model: ThoughtModel) -> float:
@@ -94,8 +95,8 @@ def floor(model: ThoughtModel) -> float:
     )
     head = model.head.weight_VC.numel()
     buffers = torch.ones(trunk), torch.ones(head)
-    times = [[seconds(buffer.sum) for _ in range(5)] for buffer in buffers]
-    return (SAMPLED + 1) * min(times[0]) + (SAMPLED + 2) * min(times[1])
+    of_trunk, of_head = (seconds(buffer.sum) for buffer in buffers)
+    return (SAMPLED + 1) * of_trunk + (SAMPLED + 2) * of_head
 
 
 def scratch_bytes(model: ThoughtModel, batch: int) -> int:
@@ -107,21 +108,20 @@ def scratch_bytes(model: ThoughtModel, batch: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--new", type=int, default=256, help="tokens to write (default: %(default)s)")
-    num_new = parser.parse_args().new
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024])
+    lengths = parser.parse_args().lengths
     torch.set_num_threads(1)
     model = build().eval()
     assert_same_text(model)
-    rows: dict[str, object] = {"processor": processor(), "torch": torch.__version__, "threads": 1, "new": num_new}
+    rows: dict[str, object] = {"processor": processor(), "torch": torch.__version__, "threads": 1}
     for batch in (1, 8):
-        found = {**measure(model, batch, num_new), "floor": floor(model)}
-        rate, over = batch / found["cached"], found["cached"] / found["floor"]
-        print(f"batch {batch}: {rate:.1f} tokens/s cached, {over:.1f} x floor")
-        for name in WAYS:
-            ratio = found[name] / found["cached"]
-            print(f"  {name:10s} {batch / found[name]:6.2f} tokens/s: cached is {ratio:.1f} times faster")
-        print(f"  scratch keys and values: {scratch_bytes(model, batch) / 2**10:.0f} KiB", flush=True)
-        rows[f"batch {batch}"] = {**found, "scratch_bytes": scratch_bytes(model, batch)}
+        for length in lengths:
+            found = {**measure(model, batch, length), "floor": floor(model)}
+            rate, over = batch / found["cached"], found["cached"] / found["floor"]
+            ratios = ", ".join(f"{name} {found[name] / found['cached']:.1f}" for name in WAYS)
+            print(f"batch {batch}, {length:4d} tokens: {rate:6.1f} tokens/s, {over:.1f} x floor; faster than {ratios}")
+            rows[f"batch {batch}, {length} tokens"] = {**found, "scratch_bytes": scratch_bytes(model, batch)}
+        print(f"  scratch keys and values: {scratch_bytes(model, batch) / 2**10:.0f} KiB at any length", flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -154,7 +154,7 @@ def thread_hidden(
     base_BTC = passes.read()
     if at_once:
         return passes._continue(thread_embeddings(model, ids_BT, thoughts_BPNM))
-    thinking = passes.think(passes.choose(base_BTC), None, thoughts_BPNM.transpose(1, 2))
+    thinking = passes.think(passes.choose(base_BTC), None, thoughts_BNPM=thoughts_BPNM.transpose(1, 2))
     end = passes.speak(thinking, model.config.num_true)
     before = thinking.before if model.opening() is not None else thinking.before[1:]
     return torch.cat([*(h.expand_as(end[:, :, :, 0])[:, :, :, None] for h in before), end], 3)

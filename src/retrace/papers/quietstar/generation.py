@@ -2,7 +2,7 @@
 
 The text's keys and values never depend on thoughts: each new token is read once and kept. Before it is predicted comes
 a thought, whose keys and values lie in a few slots that the next thought overwrites. So a token costs one pass for
-itself and one for START, each sampled token and END, whatever the length of the text.
+itself and START, and one for each sampled token, the last with END, whatever the length of the text.
 
 Shapes: B sequences, T tokens of the prompts, L new tokens, V vocabulary.
 """
@@ -60,12 +60,8 @@ def generate(
     tokens_BL = ids_BT.new_empty(len(ids_BT), 0)
     ended_B = torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
     while tokens_BL.shape[1] < max_new_tokens and not bool(ended_B.all()):
-        base_B1C = passes.read()[:, -1:]
-        scores_BV = (
-            model.predict_next(passes, base_B1C, thought_generator).mixed_BNV
-            if thinks
-            else model.head.log_probs(base_B1C)
-        )[:, 0].index_fill(-1, model.blocked, -torch.inf)
+        found = _next(model, passes, thought_generator) if thinks else model.head.log_probs(passes.read()[:, -1:])
+        scores_BV = found[:, 0].index_fill(-1, model.blocked, -torch.inf)
         token_B = _choose(scores_BV, temperature, generator)
         if eos_token_id is not None:
             token_B = token_B.masked_fill(ended_B, eos_token_id)
@@ -75,6 +71,15 @@ def generate(
             ended_B = ended_B | stop(tokens_BL)
         passes.append(token_B)
     return tokens_BL
+
+
+def _next(model: ThoughtModel, passes: Passes, thought_generator: Generators | None) -> Tensor:
+    """Log-probabilities (B, 1, V) of the next token, after a thought."""
+    if passes.state.is_tail:
+        base_B1C, opened_B1C = passes.read_and_open()
+    else:
+        base_B1C, opened_B1C = passes.read()[:, -1:], None
+    return model.predict_next(passes, base_B1C, thought_generator, opened_BNC=opened_B1C).mixed_BNV
 
 
 def _choose(scores_BV: Tensor, temperature: float, generator: Generators | None) -> Tensor:

@@ -127,7 +127,7 @@ class ThoughtModel(nn.Module):
         if config.num_sampled == 0:
             loss, _ = plain_objective(base_BTC[:, :-1], head=self.head, targets=targets, scale=1.0)
             return ThoughtOutput(loss, {"loss/total": loss.detach(), "loss/base": loss.detach()})
-        thinking = passes.think(passes.choose(base_BTC), generator, thoughts_BNPM)
+        thinking = passes.think(passes.choose(base_BTC), generator, thoughts_BNPM=thoughts_BNPM)
         return thought_objective(
             config,
             base_BTC=base_BTC,
@@ -177,13 +177,15 @@ class ThoughtModel(nn.Module):
         return self.predict_next(passes, passes.choose(passes.read()), generator)
 
     @torch.no_grad()
-    def predict_next(self, passes: Passes, base_BNC: Tensor, generator: Generators | None) -> Prediction:
-        """What follows the positions of `passes`, where the text has the hidden states `base_BNC`."""
+    def predict_next(
+        self, passes: Passes, base_BNC: Tensor, generator: Generators | None, *, opened_BNC: Tensor | None = None
+    ) -> Prediction:
+        """What follows the positions of `passes`, where the text has the hidden states `base_BNC`; see `think`."""
         num_thoughts, base_BNV = passes.state.num_thoughts, self.head.log_probs(base_BNC)
         if self.config.num_sampled == 0:
             thoughts = passes.input_ids_BT.new_empty(len(base_BNV), num_thoughts, base_BNV.shape[1], 0)
             return Prediction(base_BNV, base_BNV, base_BNV.new_zeros(base_BNV.shape[:2]), thoughts)
-        thinking = passes.think(base_BNC, generator)
+        thinking = passes.think(base_BNC, generator, opened_BNC=opened_BNC)
         after_BNPSC = passes.speak(thinking, 1)[:, :, :, -1:]
         mixed_BNPSC, weight_BNPS = mix(self.mixing_head, base_BNC, after_BNPSC, choose=lambda values: values)
         return Prediction(

@@ -81,6 +81,28 @@ class Passes:
         ids_BL = self.position_ids_BT[:, begin:]
         return run_trunk(self.model.trunk, embeds_BLC, position_ids_BL=ids_BL, state=self.state, num_new=0)
 
+    def read_and_open(self) -> tuple[Tensor, Tensor | None]:
+        """In one pass the text that has not been read yet and what opens the thought after it.
+
+        Hidden states (B, 1, C) of the last token of each; None where nothing opens a thought. For a text whose only
+        thread is its own continuation (`ThoughtState.is_tail`).
+        """
+        opening_KC = self.model.opening() if self.state.num_slots else None
+        if opening_KC is None:
+            return self.read()[:, -1:], None
+        begin, num_opening = self.state.num_read, len(opening_KC)
+        read_BLC, ids_BL = self.model.embed(self.input_ids_BT[:, begin:]), self.position_ids_BT[:, begin:]
+        steps_K = torch.arange(1, num_opening + 1, device=ids_BL.device)
+        hidden_BLC = run_trunk(
+            self.model.trunk,
+            torch.cat([read_BLC, opening_KC.expand(len(read_BLC), -1, -1)], 1),
+            position_ids_BL=torch.cat([ids_BL, ids_BL[:, -1:] + steps_K], 1),
+            state=self.state,
+            num_new=0,
+        )
+        self.state.num_done = num_opening
+        return hidden_BLC[:, -1 - num_opening, None], hidden_BLC[:, -1:]
+
     def append(self, tokens_B: Tensor) -> None:
         """One more token of text for every sequence; thoughts come after it, and the old ones are forgotten."""
         ids, self.state.num_done = tokens_B[:, None], 0
@@ -90,15 +112,25 @@ class Passes:
         num_text, padded = self.input_ids_BT.shape[1], self.state.reach.text_allowed_BT is not None
         self.state.reach = Reach(num_text, range(num_text - 1, num_text), self.real_BT if padded else None)
 
-    def think(self, base_BNC: Tensor, generator: Generators | None, thoughts_BNPM: Tensor | None = None) -> Thinking:
+    def think(
+        self,
+        base_BNC: Tensor,
+        generator: Generators | None,
+        *,
+        thoughts_BNPM: Tensor | None = None,
+        opened_BNC: Tensor | None = None,
+    ) -> Thinking:
         """Sample thoughts after the text's hidden states, or follow given ones. The last token is not fed yet.
 
-        Noise comes position by position, so that further positions leave that of the first ones as it is.
+        Noise comes position by position, so that further positions leave that of the first ones as it is. `opened_BNC`:
+        hidden states of what opens a thought, where that has been read already.
         """
         model, hidden_BNQC = self.model, base_BNC[:, :, None]
         shape = (*base_BNC.shape[:2], self.state.num_thoughts, model.config.num_sampled)
         noise_BNPM = None if generator is None else uniform(shape, generator, base_BNC.device)
-        if (opening_KC := model.opening()) is not None:  # one opening serves all thoughts of a position
+        if opened_BNC is not None:
+            hidden_BNQC = opened_BNC[:, :, None]
+        elif (opening_KC := model.opening()) is not None:  # one opening serves all thoughts of a position
             tokens = opening_KC.expand(*hidden_BNQC.shape[:2], 1, -1, -1)
             hidden_BNQC = self._continue(tokens)[:, :, :, -1]
         before: list[Tensor] = [hidden_BNQC]
