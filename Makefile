@@ -42,6 +42,7 @@ report: $(READY)  ## the verdicts and the page, from the records there are
 
 bench: $(READY)  ## benchmarks: ratios against a reference, never a test
 	$(BIN)/python benchmarks/thought_step.py
+	$(BIN)/python benchmarks/scoring.py
 
 clean:  ## forget runs; records and reports stay
 	rm -rf runs

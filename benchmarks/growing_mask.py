@@ -12,7 +12,7 @@ Shapes: B sequences, A = B * P rows, T text tokens, P thoughts, M sampled tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from retrace.papers.quietstar.mixing import MixingHead
 from retrace.papers.quietstar.model import ThoughtModel
 
 
@@ -39,9 +40,10 @@ class ReferenceStep:
 
 @contextmanager
 def own_attention(trunk: PreTrainedModel, attention: str = "sdpa") -> Iterator[PreTrainedModel]:
-    """The trunk with an attention of transformers' own, for the time of the block."""
+    """The trunk with an attention of transformers' own, for the time of the block; SDPA knows no soft-capping."""
     before = trunk.config._attn_implementation
-    trunk.set_attn_implementation(attention)
+    capped = getattr(trunk.config, "attn_logit_softcapping", None) is not None
+    trunk.set_attn_implementation("eager" if capped else attention)
     try:
         yield trunk
     finally:
@@ -90,9 +92,11 @@ def reference_step(
     thoughts_BPTM: Tensor | None = None,
     generator: torch.Generator | None = None,
     attention: str = "sdpa",
+    chosen_BN: Tensor | None = None,
 ) -> ReferenceStep:
     """One training step's loss on the model's own weights, for recorded thoughts or, without any, sampled ones.
 
+    `chosen_BN`: positions whose thoughts count, None for all; they are thought everywhere.
     `attention`: transformers' "eager", which is the plain implementation, or the fused "sdpa".
     """
     config, num_thoughts = model.config, model.config.num_thoughts
@@ -101,8 +105,10 @@ def reference_step(
     if attention_mask_BT is not None:
         real_AT = attention_mask_BT.bool().repeat_interleave(num_thoughts, 0)
     thoughts_ATM = None if thoughts_BPTM is None else thoughts_BPTM.flatten(0, 1)
-    embed, lm_head = model.trunk.get_input_embeddings(), model.trunk.get_output_embeddings()
-    num_passes = 1 + config.use_start + config.num_sampled + config.use_end + config.num_true - 1
+    if thoughts_ATM is not None:  # a thought behind the last token is scored by nothing
+        thoughts_ATM = F.pad(thoughts_ATM, (0, 0, 0, input_ids_BT.shape[1] - thoughts_ATM.shape[1]))
+    embed, lm_head = model.trunk.get_input_embeddings(), _logits(model.trunk)
+    num_passes = 1 + model.num_thought_positions
     with own_attention(model.trunk, attention) as trunk:
         passes = Passes(
             trunk,
@@ -112,6 +118,8 @@ def reference_step(
         state = passes.feed(embed(ids_AT))
         if model.start_embedding is not None:
             state = passes.feed(model.start_embedding.expand_as(state))
+        for token in model.prefix:
+            state = passes.feed(embed(token).expand_as(state))
         log_probs_AT, tokens_AT = [], []
         for step in range(config.num_sampled):
             logits_ATV = lm_head(state).index_fill(-1, model.blocked, -torch.inf)
@@ -129,9 +137,11 @@ def reference_step(
         talk = [state]
         for offset in range(1, config.num_true):
             talk.append(passes.feed(embed(_shift(ids_AT, offset))))
-    return _losses(
-        model, ids_AT, real_AT, passes.hidden, talk, torch.stack(log_probs_AT, -1), torch.stack(tokens_AT, -1)
-    )
+    counts_AT = torch.ones_like(real_AT)
+    if chosen_BN is not None:
+        counts_AT = torch.zeros_like(real_AT).scatter_(1, chosen_BN.repeat_interleave(num_thoughts, 0), True)
+    log_probs_ATM, tokens_ATM = torch.stack(log_probs_AT, -1), torch.stack(tokens_AT, -1)
+    return _losses(model, ids_AT, real_AT, counts_AT, passes.hidden, talk, log_probs_ATM, tokens_ATM)
 
 
 def _shift(tensor: Tensor, offset: int) -> Tensor:
@@ -139,40 +149,59 @@ def _shift(tensor: Tensor, offset: int) -> Tensor:
     return torch.cat([tensor[:, offset:], torch.zeros_like(tensor[:, :offset])], 1)
 
 
+def _logits(trunk: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """From hidden states to logits as Gemma 2, Cohere and all others do it."""
+    config, layer = trunk.config, trunk.get_output_embeddings()
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(hidden: Tensor) -> Tensor:
+        found = layer(hidden) * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        return found if cap is None else torch.tanh(found / cap) * cap
+
+    return logits
+
+
+def _mixing_weight(head: MixingHead, hidden: Tensor) -> Tensor:
+    for index, linear in enumerate(head.linears):
+        hidden = linear(hidden if index == 0 else torch.relu(hidden))
+    return torch.sigmoid(hidden) if head.bounded == "sigmoid" else hidden
+
+
 def _losses(
     model: ThoughtModel,
     ids_AT: Tensor,
     real_AT: Tensor,
+    counts_AT: Tensor,
     hidden: list[Tensor],
     talk: list[Tensor],
     log_probs_ATM: Tensor,
     tokens_ATM: Tensor,
 ) -> ReferenceStep:
-    config, lm_head, base_ATC = model.config, model.trunk.get_output_embeddings(), hidden[0]
+    config, lm_head, base_ATC = model.config, _logits(model.trunk), hidden[0]
     num_rows, num_text = ids_AT.shape
     num_true, num_columns = config.num_true, num_text - 1 - config.num_true
 
-    def cross_entropy(hidden_ATC: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    def cross_entropy(hidden_ATC: Tensor, offset: int, counts: Tensor) -> tuple[Tensor, Tensor]:
         """NLL of the token `offset` + 1 after each position, zero where there is none to predict; and its mean."""
         keep = num_text - 1 - offset
-        valid = real_AT[:, :keep] & real_AT[:, 1 + offset :]
+        valid = real_AT[:, :keep] & real_AT[:, 1 + offset :] & counts[:, :keep]
         logits = lm_head(hidden_ATC[:, :keep])
         nll = F.cross_entropy(logits.transpose(1, 2), ids_AT[:, 1 + offset :], reduction="none") * valid
         return nll, nll.sum() / valid.sum()
 
-    base_nll, base_loss = cross_entropy(base_ATC, 0)
+    base_nll, base_loss = cross_entropy(base_ATC, 0, torch.ones_like(counts_AT))
     talk_losses, reward = [], 0.0
     for offset, thought_ATC in enumerate(talk):
         before_ATC = _shift(base_ATC, offset)
         mixed_ATC = thought_ATC
         if model.mixing_head is not None:
-            weight = model.mixing_head(before_ATC, thought_ATC)
+            weight = _mixing_weight(model.mixing_head, torch.cat([before_ATC, thought_ATC], -1))
             mixed_ATC = (1 - weight) * before_ATC + weight * thought_ATC
-        nll, mean = cross_entropy(mixed_ATC, offset)
+        nll, mean = cross_entropy(mixed_ATC, offset, counts_AT)
         talk_losses.append(mean)
         if config.reward == "thought":
             with torch.no_grad():
-                nll, _ = cross_entropy(thought_ATC, offset)
+                nll, _ = cross_entropy(thought_ATC, offset, counts_AT)
         gain = _shift(base_nll, offset)[:, :num_columns] - nll[:, :num_columns]
         valid = real_AT[:, :num_columns] & real_AT[:, 1 + offset : 1 + offset + num_columns]
         reward = reward + (gain * valid).detach()
@@ -185,13 +214,41 @@ def _losses(
         advantage = (reward_BPI - reward_BPI.mean(1, keepdim=True)) * count / (count - 1)
     if config.positive_only:
         advantage = advantage.clamp(min=0)
-    policy_loss = -(advantage.reshape(num_rows, num_columns, 1) * log_probs_ATM[:, :num_columns]).mean()
+    weight = counts_AT[:, :num_columns].to(base_ATC.dtype)
+    weight = weight / (weight.sum() * config.num_sampled)
+    policy = advantage.reshape(num_rows, num_columns, 1) * log_probs_ATM[:, :num_columns]
+    policy_loss = -(policy * weight[..., None]).sum()
     talk_loss = sum(talk_losses) / num_true
     loss = (
         config.base_loss_weight * base_loss + config.talk_loss_weight * talk_loss + config.policy_weight * policy_loss
     )
     thoughts = tokens_ATM.view(-1, config.num_thoughts, *tokens_ATM.shape[1:])
     return ReferenceStep(loss, base_loss, talk_loss, policy_loss, reward_BPI, thoughts, hidden)
+
+
+@torch.no_grad()
+def reference_next_token(model: ThoughtModel, ids_BT: Tensor, *, attention: str = "sdpa") -> Tensor:
+    """The likeliest next token (B,), by a greedy thought at every position of the whole text, as published code writes.
+
+    For models with START, END and a mixing head.
+    """
+    embed, lm_head = model.trunk.get_input_embeddings(), _logits(model.trunk)
+    real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    position_ids = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
+    with own_attention(model.trunk, attention) as trunk:
+        passes = Passes(trunk, growing_mask(real_BT, model.config.num_sampled + 3, embed.weight.dtype), position_ids)
+        base_BTC = passes.feed(embed(ids_BT))
+        assert model.start_embedding is not None
+        assert model.end_embedding is not None
+        assert model.mixing_head is not None
+        state = passes.feed(model.start_embedding.expand_as(base_BTC))
+        for _ in range(model.config.num_sampled):
+            token_BT = lm_head(state).index_fill(-1, model.blocked, -torch.inf).argmax(-1)
+            state = passes.feed(embed(token_BT))
+        state = passes.feed(model.end_embedding.expand_as(state))
+        weight = _mixing_weight(model.mixing_head, torch.cat([base_BTC, state], -1))
+        mixed_BTV = lm_head((1 - weight) * base_BTC + weight * state)  # of every position, of which one is looked at
+    return mixed_BTV[:, -1].index_fill(-1, model.blocked, -torch.inf).argmax(-1)
 
 
 def naive_hidden(trunk: PreTrainedModel, input_ids_T: Tensor, thread_KC: Tensor, *, position: int) -> Tensor:

@@ -20,8 +20,9 @@ LAYER_0 = {
     "core.report", "core.reportview", "core.results", "core.samples", "core.stats", "core.store", "core.svg",
     "core.tasks", "core.units",
 }  # fmt: skip
-ONE_HOME = {
-    "hydra": "core.compose", "wandb": "core.tracking", "lm_eval": "core.evaluate", "peft": "papers.quietstar.lora",
+HOMES = {
+    "hydra": ("core.compose",), "wandb": ("core.tracking",), "lm_eval": ("core.evaluate", "plugin"),
+    "peft": ("papers.quietstar.lora",),
 }  # fmt: skip
 PURE = {"core.report", "core.reportview", "core.claims", "core.samples", "core.stats", "core.figures", "core.svg"}
 
@@ -83,9 +84,10 @@ def test_layer_0_reaches_no_torch_at_import(module: str) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_outside_libraries_have_one_home_each(path: Path) -> None:
-    for library, home in ONE_HOME.items():
-        if name(path) != home:
-            assert library not in {used.split(".")[0] for used in imports(path)}, f"only {home} imports {library}"
+    """lm_eval has a second: what makes our models known to its command line runs in the midst of other imports."""
+    for library, homes in HOMES.items():
+        if name(path) not in homes:
+            assert library not in {used.split(".")[0] for used in imports(path)}, f"only {homes} import {library}"
 
 
 def test_report_claims_and_stats_use_no_network_and_no_clock() -> None:

@@ -1,4 +1,7 @@
-"""The command line: parses and delegates. `retrace run quietstar/thought_length scale=laptop seed=0,1,2`."""
+"""The command line: parses and delegates. `retrace run quietstar/thought_length scale=laptop seed=0,1,2`.
+
+Modules are imported by the command that needs them, so that each answers as fast as it can.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,54 @@ import logging
 import os
 import shlex
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
 
-from retrace.core import plan as planning
 from retrace.core.config import CONFIGS, HOME, papers
-from retrace.core.paper import load_paper
-from retrace.core.plan import RunSpec
-from retrace.core.store import Store
+from retrace.core.paper import Command, load_paper, paper_commands
+
+if TYPE_CHECKING:
+    from retrace.core.plan import RunSpec
+
+
+class PaperCommand(TyperCommand):
+    """A command that a paper brings; its module is imported when it is called."""
+
+    def __init__(self, slug: str, command: Command) -> None:
+        super().__init__(command.name, help=command.help, rich_help_panel=slug)
+        self._command = command
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Hand the rest of the command line to the paper's function, as typer reads it."""
+        own = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        own.command(self.name)(self._command.load())
+        return typer.main.get_command(own).make_context(info_name, args, parent, **extra)
+
+
+class Commands(TyperGroup):
+    """The commands below; those of the papers are looked up only for what is not among them, and for `--help`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        self._add_those_of_papers()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.commands:
+            self._add_those_of_papers()
+        return super().get_command(ctx, cmd_name)
+
+    def _add_those_of_papers(self) -> None:
+        for name, (slug, command) in paper_commands().items():
+            self.commands.setdefault(name, PaperCommand(slug, command))
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -48,11 +85,13 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 @app.command("list")
 def list_() -> None:
     """Show every paper with its ablations and arms."""
+    from retrace.core.plan import load_ablations
+
     for slug in papers():
         paper = load_paper(slug)
         table = Table("ablation", "question", "where", "arms (baseline first)", "seeds", box=None, title_justify="left")
         table.title = f"[bold]{slug}[/]: {paper.title} (arXiv {paper.arxiv})"
-        for name, ablation in planning.load_ablations(slug).items():
+        for name, ablation in load_ablations(slug).items():
             arms = [ablation.baseline, *(arm for arm in ablation.arms if arm != ablation.baseline)]
             seeds = " ".join(map(str, ablation.seeds))
             table.add_row(f"{slug}/{name}", ablation.question, ablation.locus, ", ".join(arms), seeds)
@@ -62,7 +101,9 @@ def list_() -> None:
 @app.command()
 def plan(words: Words) -> None:
     """Show the runs that a command would need, with what each costs, and start nothing."""
+    from retrace.core import plan as planning
     from retrace.core.planview import print_plan
+    from retrace.core.store import Store
 
     targets, overrides = split(words)
     print_plan(planning.plan(targets, overrides), store=Store(), console=console)
@@ -71,6 +112,8 @@ def plan(words: Words) -> None:
 @app.command()
 def run(words: Words) -> None:
     """Start, resume, or do nothing where nothing is left; the same command serves for all three."""
+    from retrace.core import plan as planning
+
     targets, overrides = split(words)
     raise typer.Exit(sweep(planning.plan(targets, overrides, check=True)))
 
@@ -80,6 +123,7 @@ def sweep(specs: list[RunSpec]) -> int:
     from retrace.core import planview
     from retrace.core.launch import Local
     from retrace.core.progress import SweepProgress
+    from retrace.core.store import Store
     from retrace.core.units import duration
 
     store = Store()
@@ -108,7 +152,9 @@ def status(
     words: Annotated[list[str] | None, typer.Argument(help="As for `run`; nothing: all runs on disk")] = None,
 ) -> None:
     """Show how far runs are and why failed ones failed."""
+    from retrace.core import plan as planning
     from retrace.core.planview import print_status
+    from retrace.core.store import Store
 
     specs = planning.plan(*split(words)) if words else None
     print_status(specs, store=Store(), console=console)
@@ -121,6 +167,7 @@ def report(
 ) -> None:
     """Judge every claim from the records, print the verdicts, and write REPORT.md and index.html."""
     from retrace.core import results
+    from retrace.core.store import Store
 
     results.report(slug, scale=scale, store=Store(), console=console)
 

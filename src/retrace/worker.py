@@ -136,6 +136,7 @@ def _record(
         series=ctx.tracker.series(),
         cost=RunCost(**ctx.cost),
         provenance={**where, **ctx.notes, "finished": datetime.now(UTC).isoformat(timespec="seconds")},
+        pages=tuple(ctx.pages),
     )
 
 

@@ -275,3 +275,21 @@ def test_five_thousand_records_are_judged_in_two_seconds() -> None:
     began = time.perf_counter()
     assert len(judge_all(claims, many, scale="laptop")) == 49
     assert time.perf_counter() - began < 2.0
+
+
+def test_of_several_trainings_in_a_chain_only_the_last_has_the_say() -> None:
+    """Also while it is missing: the stage before it does not stand in."""
+    found, planned = [], []
+    for arm, value in (("big", 0.9), ("small", 0.1)):
+        for seed in range(3):
+            label, first = f"size/{arm}/s{seed}", f"demo-train-first-{arm}{seed}"
+            early = record(label, program="train", metrics={METRIC: 0.5}, id=first)
+            last = record(label, program="train", metrics={METRIC: value + seed / 100}, parents={"model": first})
+            found += [last, early] if arm == "big" else [early]  # in whatever order they stand on disk
+            planned += [Planned(r.id, r.program, r.labels, "DONE") for r in (early, last)]
+    samples = Samples(found, scale="laptop", planned=planned)
+    assert {s: v.value for s, v in samples.values("size", "big", METRIC).items()} == {0: 0.9, 1: 0.91, 2: 0.92}
+    assert samples.values("size", "small", METRIC) == {}
+    assert len(samples.chains["size"]["big"][0].records) == 2
+    assert samples.chains["size"]["big"][0].complete
+    assert not samples.chains["size"]["small"][0].complete

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from retrace.core.evaluate import _language_model, _load, answer_ids, encode_pair, evaluate_task
+from retrace.core.answers import answer_ids
+from retrace.core.evaluate import _load, evaluate_task, scorer_model
+from retrace.core.requests import Responses, Scorer, encode_pair
 from retrace.core.scoring import CausalLMScorer, PositionScorer
 from retrace.core.tasks import read_task
 
@@ -102,7 +105,14 @@ def write_task(folder: Path, name: str, **settings: Any) -> None:
 
 
 def requests_of(*arguments: Any) -> list[Any]:
-    return [SimpleNamespace(args=args) for args in arguments]
+    return [SimpleNamespace(args=args, task_name="task") for args in arguments]
+
+
+def model_of(scorer: Scorer, *, seed: int = 0) -> Any:
+    """The scorer as a model of lm-eval."""
+    return scorer_model()(
+        scorer, seed=seed, answers_of=lambda _: None, responses=Responses(), on_progress=lambda _: None
+    )
 
 
 class Bigram(PositionScorer):
@@ -118,7 +128,7 @@ class Bigram(PositionScorer):
                 ids = tokenizer.convert_tokens_to_ids([last, token])
                 self.logits_VV[ids[0], ids[1]] = math.log(weight)
 
-    def logits(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, positions_BN: Tensor) -> Tensor:  # noqa: ARG002
+    def logits(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, positions_BN: Tensor, **_: Any) -> Tensor:  # noqa: ARG002
         return self.logits_VV[input_ids_BT.gather(1, positions_BN)]
 
 
@@ -132,7 +142,9 @@ def test_answer_probability_by_hand(tmp_path):
     write_task(tmp_path, "sums", metadata={"allowed": DIGITS, "version": 2})
     scorer = Bigram({" ": {"1": 10, "7": 30}, "7": {"\n": 10}, "1": {"2": 10, ",": 500}})
     rows = [{"question": "?", "answer": answer} for answer in ("7", "1,080", "1234")]
-    result = evaluate_task("sums", scorers={"": scorer}, tasks_dir=tmp_path, data_dir=None, generated={"sums": rows})
+    result = evaluate_task(
+        "sums", scorers={"": scorer}, tasks_dir=tmp_path, seed=0, data_dir=None, generated={"sums": rows}
+    )
     by_hand = [30 / 49 * 10 / 20, 10 / 49 / 11**4, 10 / 49 * 10 / 20 / 11**3]
     assert [item["prob"] for item in result.items] == pytest.approx(by_hand, rel=1e-5)
     assert [item["acc"] for item in result.items] == [1.0, 0.0, 0.0]
@@ -149,7 +161,7 @@ def test_scorers_share_items_and_limit_takes_the_first(tmp_path):
     def run(rows: list[dict[str, str]], limit: int | None) -> Any:
         generated = {"sums": rows}
         return evaluate_task(
-            "sums", scorers=scorers, tasks_dir=tmp_path, data_dir=None, generated=generated, limit=limit
+            "sums", scorers=scorers, tasks_dir=tmp_path, seed=0, data_dir=None, generated=generated, limit=limit
         )
 
     one = run(rows, 1)
@@ -177,7 +189,7 @@ def test_a_tokenizer_that_merges_answers_is_refused(tmp_path):
     scorer = CausalLMScorer(tiny_model(tokenizer), tokenizer, batch_tokens=512)
     rows = {"sums": [{"question": "?", "answer": "42"}]}
     with pytest.raises(ValueError, match="' 42' is one token in this tokenizer"):
-        evaluate_task("sums", scorers={"": scorer}, tasks_dir=tmp_path, data_dir=None, generated=rows)
+        evaluate_task("sums", scorers={"": scorer}, tasks_dir=tmp_path, seed=0, data_dir=None, generated=rows)
     with pytest.raises(ValueError, match=r"allowed=' A' is .* needs it to be one token"):
         answer_ids(character_tokenizer(), [" A"])
 
@@ -195,7 +207,7 @@ def pair() -> tuple[Any, CausalLMScorer]:
 
 def test_loglikelihoods_equal_lm_evals(pair):
     theirs, scorer = pair
-    ours = _language_model(scorer, None)
+    ours = model_of(scorer)
     texts = [TEXT[:40], TEXT[:41] + " ", "", TEXT * 3]
     requests = requests_of(*[(text, f" {option}") for text in texts for option in ("A", "B", "none at all")])
     expected, found = theirs.loglikelihood(requests, disable_tqdm=True), ours.loglikelihood(requests)
@@ -209,7 +221,7 @@ def test_rolling_loglikelihoods_equal_lm_evals(pair, monkeypatch):
     requests = requests_of((TEXT,), (TEXT * 3,))
     monkeypatch.setattr(theirs, "add_bos_token", False)  # the windows start with BOS: with it they had two
     expected = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
-    assert _language_model(scorer, None).loglikelihood_rolling(requests) == pytest.approx(expected, abs=1e-3)
+    assert model_of(scorer).loglikelihood_rolling(requests) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["cached", "plain"])
@@ -219,15 +231,27 @@ def test_generation_equals_lm_evals(pair, plain, monkeypatch):
     texts = [TEXT[:20], TEXT[:60], TEXT * 3]
     expected = theirs.generate_until(requests_of(*[(t, dict(settings)) for t in texts]), disable_tqdm=True)
     assert len(set(expected)) == 3
-    ours = _language_model(scorer, None)
+    ours = model_of(scorer)
     if plain:
         monkeypatch.setattr(scorer, "generate", functools.partial(PositionScorer.generate, scorer))
     assert ours.generate_until(requests_of(*[(t, settings) for t in texts])) == expected
     assert ours.num_shortened == 1
-    with pytest.raises(ValueError, match="generation is greedy"):
-        ours.generate_until(requests_of(("Q", settings | {"temperature": 0.7})))
     with pytest.raises(ValueError, match="leave no room"):
         ours.generate_until(requests_of(("Q", settings | {"max_gen_toks": 96})))
+
+
+def test_sampled_texts_are_the_same_with_and_without_a_cache_and_in_any_batch(pair):
+    """Given the seed; and they are samples: other seeds and repetitions give other texts."""
+    _, scorer = pair
+    contexts = [[1, *range(5, 5 + n)] for n in (3, 9, 20)] * 2
+    settings = {"stop": ["e"], "max_new_tokens": 16, "temperature": 0.8}
+    seeds = [11, 12, 13, 14, 15, 16]
+    together = scorer.generate(contexts, seeds=seeds, **settings)
+    alone = [scorer.generate([c], seeds=[s], **settings)[0] for c, s in zip(contexts, seeds, strict=True)]
+    plain = PositionScorer.generate(scorer, contexts, seeds=seeds, **settings)
+    cut = [[text.partition("e")[0] for text in texts] for texts in (together, alone, plain)]
+    assert cut[0] == cut[1] == cut[2]
+    assert len(set(cut[0])) > 4
 
 
 def test_batches_do_not_move_scores(pair):
@@ -245,7 +269,7 @@ def test_evaluation_leaves_the_global_noise_alone(tmp_path):
     expected = torch.rand(3)
     torch.manual_seed(7)
     rows = {"sums": [{"question": "?", "answer": "7"}]}
-    evaluate_task("sums", scorers={"": Bigram({})}, tasks_dir=tmp_path, data_dir=None, generated=rows)
+    evaluate_task("sums", scorers={"": Bigram({})}, tasks_dir=tmp_path, seed=0, data_dir=None, generated=rows)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -257,3 +281,102 @@ def test_a_stock_task_keeps_all_of_its_settings(tmp_path):
     task = _load(read_task("gsm8k", tasks_dir=tmp_path), rows={"train": rows, "test": rows})
     assert (task.VERSION, task.get_config("num_fewshot"), task.OUTPUT_TYPE) == (3.0, 5, "generate_until")
     assert task.get_config("generation_kwargs")["until"] == ["Question:", "</s>", "<|im_end|>"]
+
+
+FIRST = {"function": "first_integer", "after": "so"}
+COT = {
+    "output_type": "generate_until",
+    "doc_to_target": "{{answer}}",
+    "repeats": 4,
+    "generation_kwargs": {
+        "until": ["Q:"],
+        "max_gen_toks": 9,
+        "do_sample": True,
+        "temperature": 0.5,
+        "then": {"text": " so", "max_gen_toks": 3},
+    },
+    "filter_list": [
+        {"name": "maj@4", "filter": [FIRST, {"function": "majority_vote"}, {"function": "take_first"}]},
+        {"name": "single", "filter": [FIRST]},
+    ],
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+class Scripted:
+    """Says what is written for a prompt, one answer a repetition; remembers what it was asked."""
+
+    max_length = 512
+
+    def __init__(self, answers: dict[str, list[str]]) -> None:
+        self.tokenizer = character_tokenizer()
+        self.answers = {prompt: iter(texts) for prompt, texts in answers.items()}
+        self.asked: list[tuple[str, int, float]] = []
+
+    def batches(self, requests: Any, *, room: int) -> list[list[int]]:  # noqa: ARG002
+        return [[i] for i in range(len(requests))]
+
+    def generate(self, contexts: Any, *, max_new_tokens: int, temperature: float, **_: Any) -> list[str]:
+        prompts = [self.tokenizer.decode(context) for context in contexts]
+        self.asked += [(prompt, max_new_tokens, temperature) for prompt in prompts]
+        return [next(self.answers[prompt]) for prompt in prompts]
+
+
+def test_a_vote_of_several_chains_of_thought_by_hand(tmp_path):
+    """Two texts say 5 and two nothing, one of them since 7 stands behind a second question: a tie, which the answer
+    that came first wins. For the other item 1,200 wins by three to one; the 99 stands before "so" and is no answer."""
+    write_task(tmp_path, "sums", doc_to_text="{{question}}", **COT)
+    rows = [{"question": "a", "answer": "5"}, {"question": "b", "answer": "1200"}]
+    scorer = Scripted(
+        {
+            "a": ["x", "x Q: so 7", "y", "z"],
+            "ax so": [" 5."],
+            "ax  so": [""],
+            "ay so": [" 5"],
+            "az so": [" none"],
+            "b": ["w", "w", "w", "99 w"],
+            "bw so": [" $1,200", "1,200 apples", " 12"],
+            "b99 w so": [" 1200"],
+        }
+    )
+    result = evaluate_task(
+        "sums", scorers={"": scorer}, seed=0, tasks_dir=tmp_path, data_dir=None, generated={"sums": rows}
+    )
+    assert result.metrics == {"sums/exact_match_maj@4": 1.0, "sums/exact_match_single": (2 / 4 + 3 / 4) / 2}
+    first, second = result.items
+    assert (first["exact_match_single"], second["exact_match_single"]) == (0.5, 0.75)
+    assert first["texts"] == ["x so 5.", "x  so", "y so 5", "z so none"]
+    assert {(room, temperature) for _, room, temperature in scorer.asked} == {(9, 0.5), (3, 0.5)}
+
+
+def test_several_seeds_of_noise_are_one_model(tmp_path):
+    write_task(tmp_path, "sums", metadata={"allowed": DIGITS})
+    rows = [{"question": "?", "answer": answer} for answer in ("7", "8")]
+    weights = {3: 30, 4: 90, 9: 10}
+    scorers = {
+        "": {
+            seed: Bigram({" ": {"7": weight}, "7": {"\n": 1e9}, "8": {"\n": 1e9}}) for seed, weight in weights.items()
+        },
+        "base": Bigram({}),
+    }
+    found = evaluate_task("sums", scorers=scorers, seed=0, tasks_dir=tmp_path, data_dir=None, generated={"sums": rows})
+    right = {seed: weight / (weight + 10) for seed, weight in weights.items()}
+    wrong = {seed: 1 / (weight + 10) for seed, weight in weights.items()}
+    by_seed = [(right[seed] + wrong[seed]) / 2 for seed in weights]
+    assert found.metrics["sums/prob"] == pytest.approx(statistics.mean(by_seed), rel=1e-4)
+    assert found.metrics["sums/prob_seed_std"] == pytest.approx(statistics.stdev(by_seed), rel=1e-4)
+    assert found.metrics["sums/prob_base"] == pytest.approx(1 / 121)
+    item = found.items[0]
+    assert [item[f"prob_seed{seed}"] for seed in weights] == pytest.approx(list(right.values()), rel=1e-4)
+    assert item["prob"] == pytest.approx(statistics.mean(right.values()), rel=1e-4)
+    assert "prob_base_seed_std" not in found.metrics
+
+
+def test_a_subset_is_the_first_items_of_the_shuffled_set(tmp_path):
+    from datasets import Dataset
+
+    write_task(tmp_path, "sums", metadata={"allowed": DIGITS, "subset": {"shuffle_seed": 42, "size": 5}})
+    rows = [{"question": str(i), "answer": "7"} for i in range(20)]
+    task = _load(read_task("sums", tasks_dir=tmp_path), rows={"test": rows})
+    expected = Dataset.from_list(rows).shuffle(seed=42)["question"][:5]
+    assert [doc["question"] for doc in task.eval_docs] == expected != [row["question"] for row in rows[:5]]

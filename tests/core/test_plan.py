@@ -33,7 +33,7 @@ def test_an_arm_shared_by_ablations_runs_once_with_all_labels() -> None:
 
 def test_evaluation_settings_do_not_retrain() -> None:
     one = {s.program: s.id for s in plan(["quietstar/main"], SMOKE)}
-    two = {s.program: s.id for s in plan(["quietstar/main"], [*SMOKE, "eval.thought_decoding=sample"])}
+    two = {s.program: s.id for s in plan(["quietstar/main"], [*SMOKE, "eval.thought_seeds=[0,1,2]"])}
     assert (one["pretrain"], one["train"]) == (two["pretrain"], two["train"])
     assert one["evaluate"] != two["evaluate"]
 

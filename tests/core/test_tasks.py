@@ -47,6 +47,8 @@ def test_the_files_are_the_list(tmp_path):
             {"dataset_path": "a/b", "output_type": "loglikelihood", "metadata": {"allowed": ["0"]}},
             "doc_to_text and doc_to_target are expected",
         ),
+        ({"dataset_path": "a/b", "metadata": {"subset": {"size": 128}}}, "expected numbers, as in {shuffle_seed: 42"),
+        ({"dataset_path": "a/b", "metadata": {"subset": 128}}, "expected numbers, as in {shuffle_seed: 42"),
         ({"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "a.jsonl"}}}, "use metadata.local"),
         ({}, "test_split is missing"),
         ({"test_split": "test"}, "its rows are not generated; those that are: made"),
@@ -90,7 +92,7 @@ def test_a_hub_out_of_reach_fails_within_seconds(tmp_path, monkeypatch, endpoint
     with pytest.raises(ValueError, match=r"can't be reached; set RETRACE_DATA to a folder with sums/test\.jsonl"):
         check(tmp_path, "sums", probe_hub=True)
     with pytest.raises(ValueError, match="can't be reached"):
-        evaluate_task("sums", scorers={"": None}, tasks_dir=tmp_path, data_dir=None, generated={})
+        evaluate_task("sums", scorers={"": None}, seed=0, tasks_dir=tmp_path, data_dir=None, generated={})
     assert time.monotonic() - start < 14  # twice HUB_SECONDS, and an import
 
 
@@ -108,7 +110,8 @@ def test_offline_without_a_cached_dataset_names_the_way_out(tmp_path):
     write(tmp_path, "sums", **HUB)
     code = (
         "from pathlib import Path; from retrace.core.evaluate import evaluate_task;"
-        f"evaluate_task('sums', scorers={{'': None}}, tasks_dir=Path({str(tmp_path)!r}), data_dir=None, generated={{}})"
+        f"evaluate_task('sums', scorers={{'': None}}, seed=0, tasks_dir=Path({str(tmp_path)!r}),"
+        "data_dir=None, generated={})"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)

@@ -66,11 +66,15 @@ def finished(home: Path) -> dict[str, Record]:
     return {record.program: record for record in Store(home).records("quietstar")}
 
 
-def check_metrics(metrics: dict[str, float], *, scale: str) -> None:
-    """Every metric that a claim of the scale reads is there, and what stands beside it."""
+def check_metrics(metrics: dict[str, float], *, scale: str, asked: str = "direct") -> None:
+    """Every metric that a claim of the scale reads is there, and what stands beside it.
+
+    `asked`: whether the evaluation is of the ablations that ask directly, or of those by chain of thought ("cot").
+    """
     claims = [claim for claim in load_claims(CONFIGS / "quietstar" / "claims.yaml") if scale in claim.testable_at]
+    claims = [claim for claim in claims if claim.ablation.startswith("chain_of_thought") == (asked == "cot")]
     assert {metric for claim in claims for _, metric in claim.cells} <= metrics.keys()
-    for task in ("gsm8k_direct", "csqa_direct"):
+    for task in ("gsm8k_direct", "csqa_direct") if asked == "direct" else ():
         assert all(0 <= metrics[f"{task}/{metric}"] <= 1 for metric in ("prob", "prob_base", "prob_before"))
     assert {f"text/gain_decile_{i:02d}" for i in range(1, 11)} <= metrics.keys()
     assert 0 < metrics["text/nll_before"] < 20
@@ -160,7 +164,24 @@ def test_the_paper_scale_runs_on_a_tiny_mistral_with_local_files(
     assert with_thoughts["gsm8k_direct/prob_before"] != with_thoughts["gsm8k_direct/prob_base"]
     report = retrace("report", "quietstar", "--scale", "paper")
     assert report.returncode == 0, report.stderr
-    assert "17 without records" in report.stdout  # other sizes are other arms, and judge nothing
+    asked = [c for c in load_claims(CONFIGS / "quietstar" / "claims.yaml") if "paper" in c.testable_at]
+    assert f"{len(asked)} without records" in report.stdout  # other sizes are other arms, and judge nothing
+
+
+def test_chain_of_thought_at_the_paper_scale_runs_on_a_tiny_mistral(
+    home: Path, retrace: Run, data: Path, mistral: tuple[Path, list[str]]
+) -> None:
+    local = [
+        "corpus.continued=[{kind: local, path: text.jsonl, stop: 100}]",
+        "corpus.heldout=[{kind: local, path: text.jsonl, start: 100}]",
+        *("train.num_windows=8", "train.optim.steps=2", "thoughts.num_sampled=2", "eval.limit=1"),
+    ]
+    chosen = [*QUICK[:2], "eval.num_windows=2", *mistral[1], *local]
+    done = retrace("run", "quietstar/chain_of_thought_gsm8k", "scale=paper", *chosen, RETRACE_DATA=str(data))
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = [record for record in Store(home).records("quietstar") if record.program == "evaluate"]
+    for record in records:
+        check_metrics(record.metrics, scale="paper", asked="cot")
 
 
 def test_what_is_out_of_reach_is_said_in_one_sentence_before_anything_is_spent(

@@ -13,9 +13,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from retrace.core.answers import FirstInteger
 from retrace.core.compose import compose
 from retrace.core.config import CONFIGS, validate
 from retrace.core.evaluate import _load, evaluate_task
+from retrace.core.requests import GenerationSettings
 from retrace.core.scoring import CausalLMScorer
 from retrace.core.tasks import list_tasks, read_rows, read_task, validate_tasks
 from retrace.papers.quietstar import corpus
@@ -23,14 +25,21 @@ from retrace.papers.quietstar.tokenizer import build_tokenizer
 
 TASKS = CONFIGS / "quietstar" / "tasks"
 DATA = Path(os.environ["RETRACE_DATA"]) if os.environ.get("RETRACE_DATA") else None
-REAL = {"gsm8k_direct": 1319, "csqa_direct": 1221, "gsm8k": 1319, "commonsense_qa": 1221}
+REAL = {
+    "gsm8k_direct": 1319,
+    "csqa_direct": 1221,
+    "gsm8k": 1319,
+    "gsm8k_cot": 1319,
+    "gsm8k_cot_128": 128,
+    "commonsense_qa": 1221,
+}
 CHAIN = {"question": "Tom has 3 pens. Tom finds 4 more. How many pens now?", "answer": "(3 7)\n#### 7"}
 FACT = {
     "question": "Who is Ada's friend's teacher?",
     "choices": {"label": [*"ABCDE"], "text": ["Bo", "Cy", "Di", "Ed", "Flo"]},
     "answerKey": "C",
 }
-GENERATED = {"chains_direct": [CHAIN], "facts_direct": [FACT]}
+GENERATED = {"chains_cot": [CHAIN], "chains_direct": [CHAIN], "facts_direct": [FACT]}
 FACT_TEXT = "Q: Who is Ada's friend's teacher?\n(A) Bo\n(B) Cy\n(C) Di\n(D) Ed\n(E) Flo\nA:"
 
 needs_data = pytest.mark.skipif(DATA is None, reason="RETRACE_DATA is not set: real GSM8K and CommonsenseQA questions")
@@ -83,6 +92,7 @@ def test_every_task_file_is_valid():
     ("name", "text", "target"),
     [
         ("chains_direct", f"Q: {CHAIN['question']}\nA:", " 7\n"),
+        ("chains_cot", f"Q: {CHAIN['question']}\nA: (", "7"),
         ("facts_direct", FACT_TEXT, " C\n"),
     ],
 )
@@ -120,8 +130,8 @@ def test_generated_and_real_tasks_ask_alike(names):
 
 def test_generated_tasks_with_the_papers_own_tokenizer():
     model = scorer(build_tokenizer())
-    for name in GENERATED:
-        result = evaluate_task(name, scorers={"": model}, tasks_dir=TASKS, data_dir=None, generated=GENERATED)
+    for name in ("chains_direct", "facts_direct"):
+        result = evaluate_task(name, scorers={"": model}, seed=0, tasks_dir=TASKS, data_dir=None, generated=GENERATED)
         assert 0 < result.metrics[f"{name}/prob"] < 1
         assert len(result.items) == 1
 
@@ -142,7 +152,7 @@ def test_the_real_sets_are_whole():
 def test_real_questions_by_the_papers_metric(byte_pairs):
     for name, chance in (("gsm8k_direct", 0.01), ("csqa_direct", 0.2)):
         result = evaluate_task(
-            name, scorers={"": scorer(byte_pairs)}, tasks_dir=TASKS, data_dir=DATA, generated={}, limit=150
+            name, scorers={"": scorer(byte_pairs)}, seed=0, tasks_dir=TASKS, data_dir=DATA, generated={}, limit=150
         )
         assert len(result.items) == 150
         assert 0 < result.metrics[f"{name}/prob"] < 4 * chance
@@ -156,7 +166,7 @@ def test_stock_commonsense_qa_equals_lm_evals_own_score(byte_pairs):
 
     ours = scorer(byte_pairs)
     result = evaluate_task(
-        "commonsense_qa", scorers={"": ours}, tasks_dir=TASKS, data_dir=DATA, generated={}, limit=200
+        "commonsense_qa", scorers={"": ours}, seed=0, tasks_dir=TASKS, data_dir=DATA, generated={}, limit=200
     )
     theirs = HFLM(pretrained=ours.model, tokenizer=byte_pairs, batch_size=32, add_bos_token=True, device="cpu")
     task = {"tasks": {"commonsense_qa": load("commonsense_qa")}}
@@ -166,9 +176,51 @@ def test_stock_commonsense_qa_equals_lm_evals_own_score(byte_pairs):
 
 
 @needs_data
+def test_the_published_chain_of_thought_prompt():
+    """Two steps; eight samples of each; the 128 items are the first of the test set that the datasets library shuffles
+    with seed 42, as the official code's are; every number is an integer that the filter can find."""
+    from datasets import Dataset
+
+    task, published = load("gsm8k_cot"), load("gsm8k_cot_128")
+    doc = task.eval_docs[0]
+    assert task.doc_to_text(doc) == f"Q: {doc['question']}\nA: Let's think step by step."
+    settings = GenerationSettings.of(task.get_config("generation_kwargs"))
+    assert (settings.stop, settings.max_new_tokens, settings.temperature) == (("Q:",), 384, 0.9)
+    assert settings.then == ("\nTherefore, the answer (arabic numerals) is", 12)
+    assert task.get_config("repeats") == 8
+    shuffled = Dataset.from_list(list(task.eval_docs)).shuffle(seed=42)
+    assert published.eval_docs["question"][:128] == shuffled["question"][:128]
+    files = [dict(read_task(name, tasks_dir=TASKS).settings) for name in ("gsm8k_cot", "gsm8k_cot_128")]
+    assert [file.pop("task") for file in files] == ["gsm8k_cot", "gsm8k_cot_128"]
+    assert files[1].pop("metadata").pop("subset") == {"shuffle_seed": 42, "size": 128}
+    assert files[0].pop("metadata")
+    assert files[0] == files[1]
+    found = FirstInteger(after="numerals) is")
+    for doc in task.eval_docs:
+        number = doc["answer"].split("#### ")[1]
+        (extracted,) = found.apply([[f"so 3.\nTherefore, the answer (arabic numerals) is ${number}."]], [doc])
+        assert extracted == [task.doc_to_target(doc)]
+
+
+@needs_data
+def test_chain_of_thought_on_real_questions(byte_pairs):
+    model = scorer(byte_pairs, max_length=2048)
+    result = evaluate_task(
+        "gsm8k_cot", scorers={"": model}, seed=0, tasks_dir=TASKS, data_dir=DATA, generated={}, limit=1
+    )
+    assert set(result.metrics) == {"gsm8k_cot/exact_match_maj@8", "gsm8k_cot/exact_match_single"}
+    (item,) = result.items
+    assert len(set(item["texts"])) == 8
+    for text in item["texts"]:
+        assert text.count("\nTherefore, the answer (arabic numerals) is") == 1
+
+
+@needs_data
 def test_stock_gsm8k_generates_answers(byte_pairs):
     model = scorer(byte_pairs, max_length=2048)
-    result = evaluate_task("gsm8k", scorers={"": model}, tasks_dir=TASKS, data_dir=DATA, generated={}, limit=2)
+    result = evaluate_task("gsm8k", scorers={"": model}, seed=0, tasks_dir=TASKS, data_dir=DATA, generated={}, limit=2)
     assert set(result.metrics) == {"gsm8k/exact_match_strict_match", "gsm8k/exact_match_flexible_extract"}
-    assert [set(item) for item in result.items] == [{"doc_id", *(key.partition("/")[2] for key in result.metrics)}] * 2
+    assert [set(item) for item in result.items] == [
+        {"doc_id", "texts", *(key.partition("/")[2] for key in result.metrics)}
+    ] * 2
     assert result.version == "3.0"

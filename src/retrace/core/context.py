@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from retrace.core.config import Hardware
-from retrace.core.store import RunDir
+from retrace.core.store import RunDir, write_atomic
 from retrace.core.tracking import Tracker
 
 
@@ -38,3 +39,11 @@ class Context:
     is_main: bool = True  # of several processes, the one that writes
     cost: dict[str, float | None] = field(default_factory=dict)  # tokens, flops, seconds, mfu
     notes: dict[str, Any] = field(default_factory=dict)  # what else belongs into the record's provenance
+    pages: list[str] = field(default_factory=list)  # names, in the order in which they were attached
+
+    def attach(self, name: str, html: str) -> None:
+        """Add a page to the run's record: one HTML file that fetches nothing, a few tens of kB; reports link to it."""
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", name), name
+        if self.is_main:
+            write_atomic(self.run.page_path(name), html)
+            self.pages = [*dict.fromkeys((*self.pages, name))]

@@ -34,6 +34,7 @@ class Memory:
     checkpointed: float  # the same, with activation checkpointing
     micro_batches: int = 1  # in one update, over all processes
     several_passes: bool = False
+    beside: float = 0.0  # what every process has whole in any case, such as another model's weights
 
     def state(self, hardware: Hardware) -> float:
         """Bytes in one process: weights, gradients, moments, and what stands beside them while a step computes."""
@@ -43,10 +44,11 @@ class Memory:
         accumulates = self.micro_batches > hardware.processes
         if hardware.shard:  # beside its part: gathered weights, and gradients that are whole until they are reduced
             waiting = kept * self.trained if accumulates else 0
-            return total / hardware.processes + used * self.parameters + passing + waiting
+            return self.beside + total / hardware.processes + used * self.parameters + passing + waiting
         if used < kept:
-            return total + used * self.parameters + passing
-        return total + (passing if accumulates or hardware.processes > 1 else 0)  # else they become those that are kept
+            return self.beside + total + used * self.parameters + passing
+        becoming = not accumulates and hardware.processes == 1  # those on their way are those that are kept
+        return self.beside + total + (0 if becoming else passing)
 
 
 @dataclass(frozen=True)

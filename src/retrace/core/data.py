@@ -25,6 +25,15 @@ def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu"
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *purpose))
 
 
+def draw(scores_RV: Tensor, noise_RD: Tensor) -> Tensor:
+    """Tokens (R, D) from scores (logits or log-probabilities) and uniform noise, by inversion of the distribution."""
+    cumulative_RV = scores_RV.float().softmax(-1).cumsum(-1)
+    total_R1 = cumulative_RV[:, -1:]
+    # rounding must not reach the total itself: the first index above it may be a token of probability 0
+    threshold_RD = torch.minimum(noise_RD * total_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1)))
+    return torch.searchsorted(cumulative_RV, threshold_RD, right=True)
+
+
 def micro_batches(
     step: int, *, batch_size: int, micro_batch_size: int, rank: int = 0, num_processes: int = 1
 ) -> Iterator[tuple[int, range]]:

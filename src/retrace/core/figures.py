@@ -5,6 +5,7 @@ Drawn by hand as SVG, so that they follow light and dark, weigh a few kB and nev
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,3 +217,58 @@ def _numbers(verdict: Verdict) -> str:
     if found.low is None or found.high is None:
         return f"{mean}, n = {found.n}"
     return f"{mean} [{number(found.low, places, sign=True)}, {number(found.high, places, sign=True)}], n = {found.n}"
+
+
+def joint_figure(
+    name: str,
+    title: str,
+    *,
+    x_edges: Sequence[float],
+    y_edges: Sequence[float],
+    counts: Sequence[Sequence[int]],
+    x_label: str,
+    y_label: str,
+) -> Figure:
+    """A distribution over two values as cells, the darker the more; shades follow the logarithm of the counts.
+
+    `counts[i][j]` lies between the y edges i - 1 and i and the x edges j - 1 and j; the first and last bins are open.
+    Cells are equally large whatever their bins, so that bins may be narrow where much happens.
+    """
+    total, most = sum(map(sum, counts)), max((count for row in counts for count in row), default=0)
+    width = (WIDTH - LEFT - RIGHT) / (len(x_edges) + 1)
+    height = (HEIGHT - TOP - BOTTOM) / (len(y_edges) + 1)
+    floor = HEIGHT - BOTTOM
+
+    def draw() -> Iterator[str]:
+        yield text(2, 15, shorten(title, 48), "title")
+        for i, row in enumerate(counts):
+            for j, count in enumerate(row):
+                if count:
+                    shade = 0.08 + 0.92 * math.log1p(count) / math.log1p(most)
+                    tip = f"{x_label} {_bin(x_edges, j)}, {y_label} {_bin(y_edges, i)}: {count / total:.2%}"
+                    yield (
+                        f'<rect x="{num(LEFT + j * width)}" y="{num(floor - (i + 1) * height)}" width="{num(width)}" '
+                        f'height="{num(height)}" class="cell" fill-opacity="{num(shade)}"><title>{tip}</title></rect>'
+                    )
+        for j, edge in enumerate(x_edges, start=1):
+            x = LEFT + j * width
+            yield line(x, floor, x, floor + 3, "grid")
+            if j % 2 == 1 or len(x_edges) < 8:  # else they would touch
+                yield text(x, floor + 14, f"{edge:g}".replace("-", "\u2212"), "tick", anchor="middle")
+        for i, edge in enumerate(y_edges, start=1):
+            yield text(LEFT - 7, floor - i * height + 3.8, f"{edge:g}", "tick", anchor="end")
+        if 0 < sum(edge < 0 for edge in x_edges) < len(x_edges):
+            zero = LEFT + width * (sum(edge < 0 for edge in x_edges) + 0.5)
+            yield line(zero, TOP - 4, zero, floor, "base")
+        yield text(WIDTH - RIGHT, HEIGHT - 6, x_label, "tick", anchor="end")
+        yield text(2, TOP - 4, y_label, "tick")
+
+    positive = sum(sum(row[j] for j in range(len(row)) if j > 0 and x_edges[j - 1] >= 0) for row in counts)
+    share = f"{positive / total:.0%} of {total} right of the middle" if total else "none"
+    return figure(name, f"{title}: {y_label} against {x_label}, {share}.", width=WIDTH, height=HEIGHT, parts=draw())
+
+
+def _bin(edges: Sequence[float], index: int) -> str:
+    if index == 0:
+        return f"below {edges[0]:g}"
+    return f"from {edges[-1]:g}" if index == len(edges) else f"{edges[index - 1]:g} to {edges[index]:g}"

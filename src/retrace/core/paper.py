@@ -38,9 +38,30 @@ class Program:
 
     def load(self) -> Callable[[Any, Any], Mapping[str, float]]:
         """Import the program's module and return the function."""
-        module, _, name = self.entry.partition(":")
-        function: Callable[[Any, Any], Mapping[str, float]] = getattr(importlib.import_module(module), name)
-        return function
+        return _imported(self.entry)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that a paper adds to the command line, `retrace <name>`.
+
+    `entry` is "package.module:function", a function with typer's annotations whose docstring is its `--help`. Its
+    module imports torch inside of functions only, so that `--help` and wrong options are answered at once.
+    """
+
+    name: str
+    help: str  # one line, for `retrace --help`
+    entry: str
+
+    def load(self) -> Callable[..., None]:
+        """Import the command's module and return the function."""
+        return _imported(self.entry)
+
+
+def _imported(entry: str) -> Callable[..., Any]:
+    module, _, name = entry.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
 
 
 @dataclass(frozen=True)
@@ -59,6 +80,7 @@ class Paper:
     stages: Callable[[Any], Stage]
     programs: Mapping[str, Program]
     check: Callable[[Any], None] | None = None
+    commands: tuple[Command, ...] = ()
 
 
 def load_paper(slug: str) -> Paper:
@@ -68,3 +90,16 @@ def load_paper(slug: str) -> Paper:
     paper = importlib.import_module(f"retrace.papers.{slug}").PAPER
     assert isinstance(paper, Paper)
     return paper
+
+
+def paper_commands() -> dict[str, tuple[str, Command]]:
+    """Every command that a paper brings, by name, with the paper's slug; raises ValueError for a name used twice."""
+    found: dict[str, tuple[str, Command]] = {}
+    for slug in papers():
+        for command in load_paper(slug).commands:
+            if command.name in found:
+                raise ValueError(
+                    f"`retrace {command.name}` is brought by {found[command.name][0]} and by {slug}: rename one"
+                )
+            found[command.name] = (slug, command)
+    return found

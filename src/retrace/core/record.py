@@ -41,6 +41,7 @@ class Record(Frozen):
     series: dict[str, tuple[tuple[int, float], ...]]  # curves of a few dozen points: (step, value)
     cost: RunCost
     provenance: dict[str, Any]
+    pages: tuple[str, ...] = ()  # names of pages that belong to it: results/<paper>/pages/<id>--<name>.html
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -24,7 +24,7 @@ from retrace.core.figures import forest_figure
 from retrace.core.paper import Paper
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
-from retrace.core.reportview import gaps, summary, view_ablation, view_verdict
+from retrace.core.reportview import gaps, main_pages, page_links, summary, view_ablation, view_verdict
 from retrace.core.samples import Planned, Samples
 from retrace.core.svg import STYLE
 from retrace.core.units import duration, si
@@ -60,11 +60,13 @@ def build_report(
     """Judge every claim at one scale and write REPORT.md, index.html and figures/ into `out`.
 
     `planned`: the runs that the ablation files ask for today; only their records count for their labels, and those
-    without a result are named in the report. Figures of an earlier report are removed.
+    without a result are named in the report. Figures of an earlier report are removed. Of the pages that records name,
+    those that lie in `out`/pages are linked.
     """
     samples = Samples(records, scale=scale, planned=planned)
     verdicts = tuple(judge(claim, samples) for claim in claims)
-    files = render(paper, verdicts=verdicts, ablations=ablations, samples=samples, now=now)
+    pages = frozenset(path.name for path in (out / "pages").glob("*.html"))
+    files = render(paper, verdicts=verdicts, ablations=ablations, samples=samples, now=now, pages=pages)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for old in (out / "figures").glob("*.svg"):
         if f"figures/{old.name}" not in files:
@@ -75,9 +77,15 @@ def build_report(
 
 
 def render(
-    paper: Paper, *, verdicts: Sequence[Verdict], ablations: Sequence[Ablation], samples: Samples, now: datetime
+    paper: Paper,
+    *,
+    verdicts: Sequence[Verdict],
+    ablations: Sequence[Ablation],
+    samples: Samples,
+    now: datetime,
+    pages: frozenset[str],
 ) -> dict[str, str]:
-    """Every file of a report: relative path -> content."""
+    """Every file of a report: relative path -> content. `pages`: files beside it that records may name."""
     wanted: dict[str, list[str]] = {}
     for verdict in verdicts:
         wanted.setdefault(verdict.claim.ablation, []).extend(metric for _, metric in verdict.claim.cells)
@@ -95,12 +103,14 @@ def render(
         "verdicts": [view_verdict(verdict) for verdict in verdicts],
         "overview": overview,
         "ablations": views,
+        "main_pages": main_pages(ablations, samples, pages),
         "gaps": gaps(ablations, samples),
         "samples": samples,
         "costs": _costs(samples.used),
         "origin": _origin(samples.used),
     }
     environment = _environment()
+    environment.filters["pages"] = lambda record: page_links(record, pages)
     figures = [overview, *(figure for view in views for figure in (*view.figures, *view.curves))]
     files = {f"figures/{figure.name}.svg": figure.standalone() for figure in figures}
     files["REPORT.md"] = re.sub(r"\n{3,}", "\n\n", environment.get_template("report.md.j2").render(page))

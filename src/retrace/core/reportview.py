@@ -68,6 +68,15 @@ class VerdictView:
 
 
 @dataclass(frozen=True)
+class PageLink:
+    """A page that a run attached to its record. `label`: which run, for people."""
+
+    name: str
+    href: str
+    label: str
+
+
+@dataclass(frozen=True)
 class Gap:
     """Arms whose same seeds have no full result, for the same reason."""
 
@@ -179,6 +188,22 @@ def _table(ablation: Ablation, arms: Sequence[str], samples: Samples, metric: st
         )
         rows.append(Row(arm, arm == ablation.baseline, show(estimate(values.values()), places=places), gap, cells))
     return Table(metric, tuple(seeds), tuple(rows))
+
+
+def page_links(record: Record, pages: frozenset[str]) -> tuple[PageLink, ...]:
+    """The pages of a record, of those that are there."""
+    files = {name: f"{record.id}--{name}.html" for name in record.pages}
+    return tuple(PageLink(name, f"pages/{file}", record.labels[0]) for name, file in files.items() if file in pages)
+
+
+def main_pages(ablations: Sequence[Ablation], samples: Samples, pages: frozenset[str]) -> tuple[PageLink, ...]:
+    """The pages of the base config itself, which is every arm without overrides, at the first seed that has any."""
+    plain = [(ablation.name, arm) for ablation in ablations for arm, lines in ablation.arms.items() if not lines]
+    for name, arm in (*plain, ("main", "main")):
+        for _, chain in sorted(samples.chains.get(name, {}).get(arm, {}).items()):
+            if links := tuple(link for record in chain.records for link in page_links(record, pages)):
+                return links
+    return ()
 
 
 def gaps(ablations: Sequence[Ablation], samples: Samples) -> tuple[Gap, ...]:

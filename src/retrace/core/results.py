@@ -24,6 +24,7 @@ def report(slug: str, *, scale: str, store: Store, console: Console) -> tuple[Ve
     ablations = load_ablations(slug)
     claims = load_claims(CONFIGS / slug / "claims.yaml", arms={name: a.arms.keys() for name, a in ablations.items()})
     records = store.records(slug)
+    store.remove_orphaned_pages(slug)
     ran = {label.partition("/")[0] for record in records if record.scale == scale for label in record.labels}
     verdicts = build_report(
         paper,

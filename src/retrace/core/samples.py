@@ -1,15 +1,16 @@
 """Records as samples: which value each arm and seed has, at one scale, and why a value is not there.
 
 A label "<ablation>/<arm>/s<seed>" stands on every record of a chain (base model, training, evaluation). The records of
-a chain are read as one: a metric belongs to the last program that has it anywhere in the ablation, so the loss of a
-base model never stands in for that of a training that is still missing. Only DONE runs have metrics. A run that
+a chain are read as one: a metric belongs to the last program that has it anywhere in the ablation, and of several runs
+of a program in a chain to the last, so the loss of a base model never stands in for that of a training that is still
+missing. Only DONE runs have metrics. A run that
 diverged is a result and not a gap: every chain has the metric `diverged`, 1.0 as soon as one of its runs diverged, 0.0
 once all of them are done, and missing before that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,18 +43,19 @@ class Chain:
     """The records of one label, parents before children.
 
     `complete`: every run of the chain is among them. `owners`: the program that each metric and curve is taken from.
+    `last`: the ids of those that are the last of their program in the chain.
     """
 
     records: tuple[Record, ...]
     complete: bool
     owners: Mapping[str, str]
+    last: Collection[str]
 
     @cached_property
     def metrics(self) -> dict[str, Sample]:
         """Every metric of the chain."""
         done = [record for record in self.records if record.status != "DIVERGED"]
-        owned = ((name, record) for record in done for name in record.metrics if self.owners[name] == record.program)
-        found = {name: Sample(record.metrics[name], record) for name, record in owned}
+        found = {name: Sample(r.metrics[name], r) for r in done for name in r.metrics if self._owns(r, name)}
         if self.diverged is not None:
             found[DIVERGED] = Sample(1.0, self.diverged)
         elif self.complete:
@@ -63,8 +65,10 @@ class Chain:
     @cached_property
     def series(self) -> dict[str, tuple[tuple[int, float], ...]]:
         """Every training curve of the chain, also of a run that diverged."""
-        owned = ((r, name) for r in self.records for name in r.series if self.owners[name] == r.program)
-        return {name: record.series[name] for record, name in owned}
+        return {name: r.series[name] for r in self.records for name in r.series if self._owns(r, name)}
+
+    def _owns(self, record: Record, name: str) -> bool:
+        return self.owners[name] == record.program and record.id in self.last
 
     @property
     def diverged(self) -> Record | None:
@@ -120,7 +124,7 @@ class Samples:
         return (chain for arms in self.chains.values() for seeds in arms.values() for chain in seeds.values())
 
     def _group(self) -> dict[str, dict[str, Record]]:
-        """label -> program -> the record that counts."""
+        """label -> id -> the records that count; for labels that are not planned, one of each program."""
         wanted: dict[str, set[str]] = {}
         for run in self.planned:
             for label in run.labels:
@@ -128,15 +132,17 @@ class Samples:
         groups: dict[str, dict[str, Record]] = {}
         for record in sorted(self._by_id.values(), key=lambda r: (str(r.provenance.get("finished", "")), r.id)):
             for label in record.labels:
-                if label not in wanted or record.id in wanted[label]:
+                if label not in wanted:
                     groups.setdefault(label, {})[record.program] = record
+                elif record.id in wanted[label]:
+                    groups.setdefault(label, {})[record.id] = record
         return groups
 
     def _fill(self, groups: dict[str, dict[str, Record]]) -> None:
-        programs: dict[str, set[str]] = {}  # label -> what its chain consists of, as far as is known
+        runs: dict[str, dict[str, str]] = {}  # label -> program of each run of its chain, parents first
         for run in self.planned:
             for label in run.labels:
-                programs.setdefault(label, set()).add(run.program)
+                runs.setdefault(label, {})[run.id] = run.program
         seen: dict[str, list[Record]] = {}
         for label, group in groups.items():
             seen.setdefault(label.partition("/")[0], []).extend(group.values())
@@ -147,10 +153,13 @@ class Samples:
             arm, _, seed = rest.rpartition("/s")
             if not arm or not seed.isdigit():
                 raise ValueError(f"label {label!r} on a record: expected <ablation>/<arm>/s<seed>; delete it and rerun")
+            known = runs.get(label, {record.id: record.program for record in group.values()})
+            last = {program: run_id for run_id, program in known.items()}
             chain = Chain(
                 records=tuple(sorted(group.values(), key=lambda r: (self._depth(r), r.id))),
-                complete=programs.get(label, everything[ablation]) <= group.keys(),
+                complete=(known.keys() if label in runs else everything[ablation]) <= group.keys(),
                 owners=owners[ablation],
+                last=set(last.values()),
             )
             self.chains.setdefault(ablation, {}).setdefault(arm, {})[int(seed)] = chain
 

@@ -1,4 +1,4 @@
-"""The run directory and the records: the only code that writes in runs/ and in results/*/records/.
+"""The run directory and the records: the only code that writes in runs/ and in results/*/records/ and pages/.
 
     runs/<id>/config.json      the frozen run, all that a worker reads
               lease.json       who is running it now, with a heartbeat
@@ -6,7 +6,8 @@
               metrics.jsonl    one line for each logged step
               checkpoints/     core/checkpoint.py
               model/ tasks/    what a program leaves behind
-              record.json      the record, as it stands in results/
+              pages/           HTML that it attached to its record
+              record.json      the record, as it stands in results/, as the pages do
               result.json      DONE, DIVERGED or FAILED: the last thing that is written
 
 Every file is written whole or not at all, so a run killed at any instant leaves a readable directory.
@@ -143,6 +144,9 @@ class RunDir:
             status, reason = "RUNNING", ""
         return State(status, progress.get("step", 0), progress.get("total", 0), progress.get("seconds_left"), reason)
 
+    def page_path(self, name: str) -> Path:
+        return self.path / "pages" / f"{name}.html"
+
     def progress(self, *, step: int, total: int, seconds_left: float | None) -> None:
         """Say how far the run is; no fsync, since the next one follows soon."""
         temporary = self.path / ".progress.json"
@@ -245,8 +249,14 @@ class Store:
     def record_path(self, paper: str, run_id: str) -> Path:
         return self.results / paper / "records" / f"{run_id}.json"
 
+    def page_path(self, paper: str, run_id: str, name: str) -> Path:
+        return self.results / paper / "pages" / f"{run_id}--{name}.html"
+
     def write_record(self, record: Record) -> None:
-        """Into the run's own folder and into results/."""
+        """Into the run's own folder and into results/, after the pages that it names."""
+        for name in record.pages:
+            page = self.run(record.id).page_path(name).read_bytes()
+            write_atomic(self.page_path(record.paper, record.id, name), page)
         for path in (self.run(record.id).path / "record.json", self.record_path(record.paper, record.id)):
             write_atomic(path, record.to_json())
 
@@ -267,5 +277,13 @@ class Store:
                 raise
             record = Record.load(copy)
         labels = tuple(dict.fromkeys((*record.labels, *spec.labels)))
-        if labels != tuple(record.labels) or not path.is_file():
+        files = [path, *(self.page_path(spec.paper, spec.id, name) for name in record.pages)]
+        if labels != tuple(record.labels) or not all(file.is_file() for file in files):
             self.write_record(record.relabelled(labels))
+
+    def remove_orphaned_pages(self, paper: str) -> None:
+        """Remove pages of records that are gone; a run that is being finished writes its pages first."""
+        for path in (self.results / paper / "pages").glob("*.html"):
+            run_id = path.name.partition("--")[0]
+            if not self.record_path(paper, run_id).is_file() and self.run(run_id).state().status != "RUNNING":
+                path.unlink()

@@ -1,10 +1,12 @@
 """Evaluation tasks as files: what there is, whether it can be run here, and where its rows come from.
 
-A task is a YAML in configs/<paper>/tasks, named like the task. It is lm-eval's, with three additions.
+A task is a YAML in configs/<paper>/tasks, named like the task. It is lm-eval's, with a few additions.
 `include: lm_eval/...` is a file of the installed lm-eval, so that a stock task can be run as it is. In `metadata`,
-`local: {split: file}` says where a split lies below RETRACE_DATA, and `allowed: [...]` lists answer strings and asks
-for the probability of the answer among them (see evaluate.py). A task with neither a `dataset_path` nor an `include`
-asks its caller for the rows.
+`local: {split: file}` says where a split lies below RETRACE_DATA, `allowed: [...]` lists answer strings and asks for
+the probability of the answer among them (see evaluate.py), and `subset: {shuffle_seed: 42, size: 128}` takes the first
+items of the set as the datasets library shuffles it. `generation_kwargs` may go on with a second text (`then`, see
+requests.py), and a filter may be `first_integer` (see answers.py). A task with neither a `dataset_path` nor an
+`include` asks its caller for the rows.
 
 Checking imports neither torch nor lm-eval, so that a wrong task is refused before anything is spent.
 """
@@ -31,15 +33,25 @@ HUB_SECONDS = 5.0  # how long a hub may take to answer before it counts as unrea
 
 
 @dataclass(frozen=True)
+class Subset:
+    """The first `size` items in the order that `datasets.Dataset.shuffle` gives for this seed."""
+
+    shuffle_seed: int
+    size: int
+
+
+@dataclass(frozen=True)
 class TaskFile:
     """One task's own YAML, read and checked; what it includes is left to lm-eval."""
 
     name: str
     folder: Path  # where lm-eval finds the task: the YAML's, or the included file's
     settings: Mapping[str, Any]  # the YAML without `include`
+    includes: bool  # a file of the installed lm-eval
     is_generated: bool  # the rows come from the caller
     local: Mapping[str, str]  # split -> file below the data folder; may be empty
     allowed: Sequence[str] | None  # answer strings
+    subset: Subset | None  # None: every item
 
     @property
     def hint(self) -> str:
@@ -73,10 +85,21 @@ def read_task(name: str, *, tasks_dir: Path) -> TaskFile:
         name=name,
         folder=stock.parent if stock else tasks_dir,
         settings=settings,
+        includes=stock is not None,
         is_generated=is_generated,
         local=metadata.get("local") or {},
         allowed=metadata.get("allowed"),
+        subset=_subset(path, metadata.get("subset")),
     )
+
+
+def _subset(path: Path, given: Any) -> Subset | None:
+    if given is None:
+        return None
+    numbers = isinstance(given, dict) and all(type(value) is int and value >= 0 for value in given.values())
+    if not numbers or given.keys() != {"shuffle_seed", "size"}:
+        raise ValueError(f"{path}: metadata.subset={given!r}: expected numbers, as in {{shuffle_seed: 42, size: 128}}")
+    return Subset(**given)
 
 
 def _check(path: Path, settings: Mapping[str, Any], *, is_generated: bool) -> None:

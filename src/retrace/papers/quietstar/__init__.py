@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from retrace.core.paper import Paper, Program
+from retrace.core.paper import Command, Paper, Program
 from retrace.papers.quietstar import cost
 from retrace.papers.quietstar.config import (
+    DistillConfig,
     EvaluateConfig,
     PretrainConfig,
     QuietStarConfig,
@@ -22,7 +23,15 @@ PAPER = Paper(
     programs={
         "pretrain": Program(PretrainConfig, "retrace.papers.quietstar.programs:pretrain", cost.pretrain),
         "train": Program(TrainConfig, "retrace.papers.quietstar.programs:train", cost.train),
+        "distill": Program(DistillConfig, "retrace.papers.quietstar.programs:distill", cost.distill),
         "evaluate": Program(EvaluateConfig, "retrace.papers.quietstar.programs:evaluate", cost.evaluate),
     },
     check=check,
+    commands=(
+        Command(
+            "think",
+            "Show what every token of a text gains from thoughts, and the thoughts.",
+            "retrace.papers.quietstar.think:think",
+        ),
+    ),
 )

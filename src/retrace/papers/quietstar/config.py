@@ -6,22 +6,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from retrace.core.config import CONFIGS, Experiment, Frozen, data_root
-from retrace.core.cost import DecoderShape
+from retrace.core.config import CONFIGS, Experiment, Frozen
 from retrace.core.optim import Optim
-from retrace.core.tasks import require_hub
+from retrace.papers.quietstar.models import PretrainedModel, ScratchModel
 from retrace.papers.quietstar.texts import TextCorpusConfig
 from retrace.papers.quietstar.world import CorpusConfig
 
 TASKS = CONFIGS / "quietstar" / "tasks"
-GENERATED: dict[str, Literal["arithmetic", "facts"]] = {"chains_direct": "arithmetic", "facts_direct": "facts"}
+MIN_SEEDS = 3  # of sampled thoughts: fewer say nothing of the spread
+GENERATED: dict[str, Literal["arithmetic", "facts"]] = {
+    "chains_cot": "arithmetic",
+    "chains_direct": "arithmetic",
+    "facts_direct": "facts",
+}
 
 
 class MixingHead(Frozen):
@@ -38,10 +39,14 @@ class ThoughtConfig(Frozen):
     num_sampled: int = Field(ge=0, le=256)  # sampled tokens in a thought; 0: no thoughts at all, a plain LM
     num_true: int = Field(ge=1, le=64)  # true tokens scored after each thought (the paper's n_true)
     num_thoughts: int = Field(ge=1, le=64)  # thoughts sampled per position
+    positions: Literal["all", "every", "hardest"] = "all"  # that think in training: those of highest entropy, hardest
+    position_step: int | None = Field(None, ge=1)  # of "every": each how many-th token
+    position_share: float | None = Field(None, gt=0, le=1)  # of "hardest": share of a window's tokens
     use_start: bool = True
     use_end: bool = True
     start_init: str = Field("---", min_length=1)  # text whose first token's embedding initialises START
     end_init: str = Field("---", min_length=1)
+    prefix: str = ""  # text that every thought begins with, in front of its sampled tokens
     mixing_head: MixingHead | None = MixingHead()  # None: the prediction after the thought is used as it is
     base_loss_weight: float = Field(0.5, ge=0)
     talk_loss_weight: float = Field(0.5, ge=0)
@@ -53,6 +58,16 @@ class ThoughtConfig(Frozen):
     positive_only: bool = True  # reinforce only thoughts better than the baseline
 
     @model_validator(mode="after")
+    def _positions_are_said(self) -> Self:
+        wanted = {"every": "position_step", "hardest": "position_share"}.get(self.positions)
+        for key in ("position_step", "position_share"):
+            value = getattr(self, key)
+            if (value is not None) != (key == wanted):
+                expected = "a value" if key == wanted else "null"
+                raise ValueError(f"{key}={value} with positions={self.positions}: expected {expected}")
+        return self
+
+    @model_validator(mode="after")
     def _baseline_needs_thoughts(self) -> Self:
         if self.num_sampled > 0 and self.num_thoughts == 1 and self.baseline != "base_loss":
             raise ValueError(
@@ -60,84 +75,6 @@ class ThoughtConfig(Frozen):
                 "use baseline 'base_loss', or num_thoughts of 2 or more"
             )
         return self
-
-
-class ModelShape(Frozen):
-    """Sizes of a decoder; they are known before its weights are, for counting FLOPs and bytes."""
-
-    hidden_size: int = Field(ge=8)
-    num_layers: int = Field(ge=1)
-    num_heads: int = Field(ge=1)
-    num_kv_heads: int = Field(ge=1)
-    intermediate_size: int = Field(ge=8)
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(f"hidden_size={self.hidden_size} does not give {self.num_heads} heads of even size")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}")
-        return self
-
-    def shape(self, vocab_size: int) -> DecoderShape:
-        """For counting FLOPs and bytes."""
-        return DecoderShape(
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            intermediate_size=self.intermediate_size,
-            vocab_size=vocab_size,
-        )
-
-
-class ScratchModel(ModelShape):
-    """A trunk trained here from random weights, by program `pretrain`."""
-
-    kind: Literal["scratch"]
-    architecture: Literal["llama", "mistral", "qwen2"]
-    tie_embeddings: bool  # one matrix for input embedding and output projection
-
-
-class PretrainedModel(ModelShape):
-    """A trunk that exists: a folder as transformers saves it, or a model of the hub; loading checks the sizes."""
-
-    kind: Literal["pretrained"]
-    name: str = Field(min_length=1)  # a folder, also below RETRACE_DATA, or a name on the hub
-    revision: str = Field(min_length=1)  # on the hub; a commit fixes the weights, a branch does not
-    vocab_size: int = Field(ge=1)
-
-    def folder(self) -> Path | None:
-        """Where the weights lie on this machine, None for a model of the hub."""
-        root = data_root()
-        candidates = [Path(self.name)] + ([root / self.name] if root else [])
-        return next((path for path in candidates if (path / "config.json").is_file()), None)
-
-    def check(self) -> None:
-        """Raise ValueError where the weights are neither here, nor in the hub's cache, nor to be fetched."""
-        from huggingface_hub import try_to_load_from_cache
-
-        if self.folder() is None and not try_to_load_from_cache(self.name, "config.json", revision=self.revision):
-            hint = (
-                "on a machine that reaches it, download it with `hf download`, copy the folder here, and say "
-                "model.name=FOLDER"
-            )
-            if os.environ.get("HF_HUB_OFFLINE"):
-                raise ValueError(
-                    f"{self.name}: not in the hub's cache on this machine, and HF_HUB_OFFLINE is set; {hint}"
-                )
-            require_hub(self.name, hint)
-
-    def fingerprints(self) -> dict[str, str]:
-        """Twelve hex digits over a folder's file names, sizes and first mebibytes; nothing for the hub."""
-        folder = self.folder()
-        if folder is None:
-            return {}
-        digest = hashlib.sha256()
-        for path in sorted(path for path in folder.iterdir() if path.is_file()):
-            with open(path, "rb") as file:
-                digest.update(f"{path.name}/{path.stat().st_size}/".encode() + file.read(2**20))
-        return {self.name: digest.hexdigest()[:12]}
 
 
 Corpus = Annotated[CorpusConfig | TextCorpusConfig, Field(discriminator="kind")]
@@ -179,6 +116,30 @@ class ContinuedConfig(Frozen):
         return self
 
 
+class CurriculumStage(Frozen):
+    """Continued training before the last one, with thoughts of another length; all else is as in the last."""
+
+    num_sampled: int = Field(ge=1, le=256)
+    num_true: int = Field(ge=1, le=64)
+    learning_rate: float = Field(gt=0)  # of the trunk
+
+
+class Curriculum(Frozen):
+    """Thoughts that shrink from stage to stage (Fast Quiet-STaR, arXiv 2505.17746)."""
+
+    stages: tuple[CurriculumStage, ...]  # before `thoughts`, in their order; none: the training is in one stage
+    keeps: Literal["everything", "trunk"]  # by a stage of the one before; the published code's loses all but the trunk
+
+
+class Student(Frozen):
+    """A model that never thinks, trained on what the thinking one predicts (Fast Quiet-STaR's "NTP")."""
+
+    objective: Literal["reinforce", "cross_entropy"]  # as published; or ours, of the teacher's mixed predictions
+    start: Literal["base", "teacher"]  # whose trunk: the published script says base, the paper teacher
+    steps: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+
+
 class EvalConfig(Frozen):
     """Zero-shot questions through lm-eval, and the gain by difficulty of a token (Section 5)."""
 
@@ -188,7 +149,18 @@ class EvalConfig(Frozen):
     num_windows: int = Field(ge=1)  # held-out text for the deciles of difficulty
     batch_size: int = Field(ge=1)
     precision: Literal["fp32", "bf16"]  # of the weights and of the computation; softmax and sampling are in fp32
-    thought_decoding: Literal["greedy", "sample"]
+    thought_seeds: Literal["greedy"] | tuple[int, ...]  # greedy thoughts; or sampled ones, and the metrics are means
+    page_windows: int = Field(ge=0, le=16)  # of that text, shown token by token on the page of thoughts; 0: no page
+
+    @field_validator("thought_seeds", mode="before")
+    @classmethod
+    def _several_seeds(cls, given: Any) -> Any:
+        different = isinstance(given, (list, tuple)) and len(set(map(str, given))) == len(given) >= MIN_SEEDS
+        if given != "greedy" and not (different and all(type(seed) is int and seed >= 0 for seed in given)):
+            raise ValueError(
+                f"expected greedy, or {MIN_SEEDS} or more different seeds of sampled thoughts, as in [0,1,2]"
+            )
+        return tuple(given) if different else given
 
 
 class QuietStarConfig(Experiment):
@@ -199,6 +171,8 @@ class QuietStarConfig(Experiment):
     base: BaseConfig | None  # null: the model is pretrained
     thoughts: ThoughtConfig
     train: ContinuedConfig
+    curriculum: Curriculum
+    student: Student | None  # null: the trained model itself is evaluated
     eval: EvalConfig
 
     @model_validator(mode="after")
@@ -207,6 +181,15 @@ class QuietStarConfig(Experiment):
             raise ValueError(
                 f"thoughts.num_true={self.thoughts.num_true} leaves no position to think at in windows of "
                 f"corpus.seq_len={self.corpus.seq_len}: choose fewer true tokens or longer windows"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _follow_ups_have_thoughts(self) -> Self:
+        if self.thoughts.num_sampled == 0 and (self.curriculum.stages or self.student):
+            raise ValueError(
+                "thoughts.num_sampled=0 with curriculum.stages or a student: both need a last stage that thinks; "
+                "set num_sampled to 1 or more"
             )
         return self
 
@@ -249,6 +232,20 @@ class TrainConfig(Frozen):
     model: Model
     thoughts: ThoughtConfig
     train: ContinuedConfig
+    keeps: Literal["everything", "trunk", None]  # of the stage before; null: this is the first, from the base
+    files: dict[str, str]
+    seed: int
+
+
+class DistillConfig(Frozen):
+    """Program `distill`: a student that never thinks."""
+
+    corpus: Corpus
+    model: Model
+    teacher: ThoughtConfig
+    student: Student
+    optim: Optim  # of the continued training, with the student's steps and learning rate
+    num_windows: int
     files: dict[str, str]
     seed: int
 

@@ -8,18 +8,21 @@ two models and what they remember of the text.
 
 from __future__ import annotations
 
-from retrace.core.cost import BF16, COMPUTED, FP32, Cost, DecoderShape, Memory
+from dataclasses import replace
+
+from retrace.core.cost import BF16, COMPUTED, FP32, KEPT, Cost, DecoderShape, Memory
 from retrace.core.optim import Optim
 from retrace.papers.quietstar.config import (
     Corpus,
+    DistillConfig,
     EvaluateConfig,
     Lora,
     Model,
     PretrainConfig,
-    PretrainedModel,
     ThoughtConfig,
     TrainConfig,
 )
+from retrace.papers.quietstar.models import PretrainedModel
 from retrace.papers.quietstar.texts import TextCorpusConfig
 from retrace.papers.quietstar.vocabulary import vocabulary
 
@@ -62,10 +65,24 @@ def train(config: TrainConfig) -> Cost:
     return Cost(tokens, flops, _training(trunk, optim, length, parameters, trained, thoughts=thoughts))
 
 
+def distill(config: DistillConfig) -> Cost:
+    """Plain training of the student, and the teacher's greedy thoughts at every position, forward only."""
+    trunk, length, optim = shape(config.model, config.corpus), config.corpus.seq_len, config.optim
+    tokens, keys = optim.steps * optim.batch_size * length, (length + 1) / 2
+    slots = thread_tokens(config.teacher) / config.teacher.num_thoughts
+    logits = config.teacher.num_sampled + 1
+    taught = trunk.forward_flops(tokens=1 + slots, keys=keys + slots / 2, logits=logits)
+    flops = tokens * (TRAIN * trunk.forward_flops(tokens=1, keys=keys, logits=1) + taught)
+    student = _training(trunk, optim, length, trunk.parameters, trunk.parameters, thoughts=None)
+    teacher = KEPT[optim.precision] * (trunk.parameters + own_parameters(trunk, config.teacher))
+    predictions = optim.micro_batch_size * length * FP32 * LOG_PROBS * trunk.vocab_size
+    return Cost(tokens, flops, replace(student, beside=teacher + predictions))
+
+
 def evaluate(config: EvaluateConfig) -> Cost:
     """Held-out text with thoughts everywhere, and the questions with thoughts at their answers."""
     trunk, length, thoughts = shape(config.model, config.corpus), config.corpus.seq_len, config.thoughts
-    text = config.eval.num_windows * length
+    text = (config.eval.num_windows + (config.eval.page_windows if thoughts.num_sampled else 0)) * length
     items = len(config.eval.tasks) * min(config.eval.num_questions, config.eval.limit or config.eval.num_questions)
     asked = items * TYPICAL_ITEM_TOKENS
     threads = text * thread_tokens(thoughts) / thoughts.num_thoughts if thoughts.num_sampled else 0

@@ -1,17 +1,24 @@
 """Cross entropy without stored logits, the reward's baseline, and the sampling of tokens (specification 1.2).
 
-Shapes: R rows (tokens to predict), V vocabulary, C hidden size, B sequences, N positions, P thoughts.
+Shapes: R rows (tokens to predict), V vocabulary, C hidden size, B sequences, N positions, P thoughts, Q thoughts that
+have a hidden state of their own (P, or 1 while they still share it).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_LOGITS = 2**21  # logits alive at a time, 8 MiB in fp32: large enough for a full matrix product
+from retrace.core.data import draw
+from retrace.papers.quietstar.head import OutputHead
+
+CHUNK_LOGITS = {"cpu": 2**21}  # logits alive at a time, 8 MiB in fp32: large enough for a full matrix product
+CHUNK_LOGITS_ELSEWHERE = 2**27
+
+Generators = torch.Generator | Sequence[torch.Generator]  # one for all rows, or one for each sequence
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -22,65 +29,76 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden_RC: Tensor,
         weight_VC: Tensor,
+        bias_V: Tensor | None,
         target_R: Tensor,
         coefficient_R: Tensor,
+        scale: float,
+        softcap: float | None,
         temperature: float,
         blocked: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        wide = torch.promote_types(hidden_RC.dtype, torch.float32)
-        d_hidden = torch.empty_like(hidden_RC) if wants_hidden else None
-        d_weight = torch.zeros_like(weight_VC, dtype=wide) if wants_weight else None
-        nll_R = torch.empty(len(target_R), dtype=wide, device=hidden_RC.device)
-        size = max(1, CHUNK_LOGITS // len(weight_VC))
-        for start in range(0, len(target_R), size):
-            rows = slice(start, start + size)
-            logits = F.linear(hidden_RC[rows], weight_VC)
-            scores = scaled_logits(logits, temperature, blocked)
-            log_prob = torch.log_softmax(scores, -1)
-            index = target_R[rows, None]
-            nll_R[rows] = -log_prob.gather(1, index)[:, 0]
-            if not (wants_hidden or wants_weight):
+        dtype, wide = _product_dtype(hidden_RC), torch.promote_types(hidden_RC.dtype, torch.float32)
+        hidden, weight = hidden_RC.to(dtype), weight_VC.to(dtype)
+        wants = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if wants[0] else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if wants[1] else None
+        d_bias = torch.zeros_like(weight[:, 0], dtype=wide) if wants[2] else None
+        head = OutputHead(weight, None if bias_V is None else bias_V.to(dtype), scale, softcap)
+        factor_R = (coefficient_R * (scale / temperature)).to(wide)
+        nll_R = torch.empty(len(target_R), dtype=wide, device=hidden.device)
+        for rows in _chunks(target_R, len(weight)):
+            scores = head.logits(hidden[rows], temperature=temperature, blocked=blocked)
+            index, factor = target_R[rows, None], factor_R[rows, None]
+            probs = torch.softmax(scores, -1)
+            # the likeliest token's probability is at least 1 / V, so its logarithm is safe where the target's is not
+            nll_R[rows] = scores.amax(-1) - scores.gather(1, index)[:, 0] - probs.amax(-1).log()
+            if not any(wants):
                 continue
-            factor = coefficient_R[rows, None].to(wide) / temperature
-            d_logits = log_prob.exp_().mul_(factor).scatter_add_(1, index, -factor).to(logits.dtype)
+            d_scores = probs.mul_(factor).scatter_add_(1, index, -factor)
+            if softcap is not None:
+                d_scores *= 1 - (scores * (temperature / softcap)).square_().nan_to_num_(posinf=0.0)
+            d_scores = d_scores.to(dtype)
             if d_hidden is not None:
-                d_hidden[rows] = d_logits @ weight_VC.to(logits.dtype)
+                torch.mm(d_scores, weight, out=d_hidden[rows])
             if d_weight is not None:
-                d_weight += d_logits.mT @ hidden_RC[rows].to(logits.dtype)
-        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight_VC.dtype))
+                _add_product(d_weight, d_scores.mT, hidden[rows])
+            if d_bias is not None:
+                d_bias += d_scores.sum(0)
+        ctx.save_for_backward(*(None if g is None else g.to(hidden_RC.dtype) for g in (d_hidden, d_weight, d_bias)))
         ctx.mark_non_differentiable(nll_R)
         return (nll_R * coefficient_R).sum(), nll_R
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = (None if g is None else g * grads[0] for g in ctx.saved_tensors)
-        return d_hidden, d_weight, None, None, None, None
+        return *(None if g is None else g * grads[0] for g in ctx.saved_tensors), *([None] * 6)
 
 
 def weighted_cross_entropy(
     hidden_RC: Tensor,
     *,
-    weight_VC: Tensor,
+    head: OutputHead,
     target_R: Tensor,
     coefficient_R: Tensor,
     temperature: float = 1.0,
     blocked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sum_r coefficient_r * NLL_r in nats, and the detached NLL_r, of `hidden @ weight^T / temperature`.
+    """sum_r coefficient_r * NLL_r in nats, and the detached NLL_r, of the head's logits over `temperature`.
 
     `blocked` holds token ids that get probability 0. Coefficients are constants: no gradient flows to them.
     """
-    return _WeightedCrossEntropy.apply(hidden_RC, weight_VC, target_R, coefficient_R, temperature, blocked)
+    return _WeightedCrossEntropy.apply(
+        hidden_RC, head.weight_VC, head.bias_V, target_R, coefficient_R, head.scale, head.softcap, temperature, blocked
+    )
 
 
-def scaled_logits(logits: Tensor, temperature: float, blocked: Tensor | None) -> Tensor:
-    """Logits in fp32 or wider, at a temperature, with the `blocked` token ids at -inf."""
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scores = scores if temperature == 1 else scores / temperature
-    if blocked is not None and len(blocked):
-        scores = scores.index_fill(-1, blocked, -torch.inf)
-    return scores
+@torch.no_grad()
+def entropies(hidden_RC: Tensor, *, head: OutputHead) -> Tensor:
+    """Entropy (R,) of the predicted distributions, in nats."""
+    found = []
+    for rows in _chunks(hidden_RC, len(head.weight_VC)):
+        log_probs = head.log_probs(hidden_RC[rows])
+        found.append(-(log_probs.exp() * log_probs).sum(-1))
+    return torch.cat(found)
 
 
 def advantage(reward_BNP: Tensor, *, baseline: Literal["mean", "loo", "base_loss"], positive_only: bool) -> Tensor:
@@ -97,36 +115,55 @@ def advantage(reward_BNP: Tensor, *, baseline: Literal["mean", "loo", "base_loss
     return reward_BNP.clamp(min=0) if positive_only else reward_BNP
 
 
+@torch.no_grad()
 def sample_tokens(
     hidden_BNQC: Tensor,
     *,
-    weight_VC: Tensor,
+    head: OutputHead,
     num_thoughts: int,
     temperature: float,
     blocked: Tensor,
-    generator: torch.Generator | None,
+    noise_BNP: Tensor | None,
 ) -> Tensor:
-    """Next tokens (B, N, P), by inversion of the cumulative distribution in fp32; without a generator the likeliest.
-
-    Q is P, or 1 where the thoughts of a position still share their hidden state.
-    """
+    """Next tokens (B, N, P) from uniform noise; without it the likeliest ones."""
     batch, num_positions, num_shared, hidden_size = hidden_BNQC.shape
     hidden_RC = hidden_BNQC.reshape(-1, hidden_size)
     draws = num_thoughts // num_shared
-    noise = None
-    if generator is not None:
-        noise = torch.rand(len(hidden_RC), draws, generator=generator, device=generator.device).to(hidden_RC.device)
-    size = max(1, CHUNK_LOGITS // len(weight_VC))
     tokens = []
-    for start in range(0, len(hidden_RC), size):
-        rows = slice(start, start + size)
-        scores = scaled_logits(F.linear(hidden_RC[rows], weight_VC), temperature, blocked)
-        if noise is None:
+    for rows in _chunks(hidden_RC, len(head.weight_VC)):
+        scores = head.logits(hidden_RC[rows], temperature=temperature, blocked=blocked)
+        if noise_BNP is None:
             tokens.append(scores.argmax(-1, keepdim=True).expand(-1, draws))
-            continue
-        cumulative = scores.float().softmax(-1).cumsum(-1)
-        total = cumulative[:, -1:]
-        # rounding must not reach the total itself: the first index above it may be a blocked token
-        threshold = torch.minimum(noise[rows] * total, torch.nextafter(total, torch.zeros_like(total)))
-        tokens.append(torch.searchsorted(cumulative, threshold, right=True))
+        else:
+            tokens.append(draw(scores, noise_BNP.reshape(-1, draws)[rows]))
     return torch.cat(tokens).view(batch, num_positions, num_thoughts)
+
+
+def uniform(shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
+    """Uniform noise on [0, 1); with a generator for each sequence, a row does not depend on the batch around it."""
+    if isinstance(generator, torch.Generator):
+        return torch.rand(shape, generator=generator, device=generator.device).to(device)
+    rows = [torch.rand(shape[1:], generator=own, device=own.device).to(device) for own in generator]
+    if len(rows) != shape[0]:
+        raise ValueError(f"{len(rows)} generators for {shape[0]} sequences: give one for each, or a single one")
+    return torch.stack(rows)
+
+
+def _chunks(rows: Tensor, vocab_size: int) -> Iterator[slice]:
+    size = max(1, CHUNK_LOGITS.get(rows.device.type, CHUNK_LOGITS_ELSEWHERE) // vocab_size)
+    return (slice(start, start + size) for start in range(0, len(rows), size))
+
+
+def _product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that a matrix product with `tensor` has here, under autocast or not."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in place."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

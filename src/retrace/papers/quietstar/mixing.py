@@ -5,13 +5,17 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retrace.papers.quietstar.config import MixingHead as MixingHeadConfig
 
 
 class MixingHead(nn.Module):
-    """An MLP from [base ; thought] hidden states to one weight per token (specification 1.4)."""
+    """An MLP from [base ; thought] hidden states to one weight per token (specification 1.4).
+
+    Its first layer is a sum of two: what the base hidden states add is computed once for all thoughts that follow them.
+    """
 
     def __init__(self, config: MixingHeadConfig, *, hidden_size: int, initializer_range: float) -> None:
         super().__init__()
@@ -20,15 +24,24 @@ class MixingHead(nn.Module):
         self.linears = nn.ModuleList(
             nn.Linear(fan_in, fan_out, bias=i < last) for i, (fan_in, fan_out) in enumerate(pairwise(sizes))
         )
-        self.bounded = config.bounded
+        self.hidden_size, self.bounded = hidden_size, config.bounded
         for name, parameter in self.named_parameters():
             zero = name.endswith("bias") or (name.startswith(f"linears.{last}.") and config.zero_init)
             nn.init.normal_(parameter, std=0.0 if zero else initializer_range)
 
-    def forward(self, base: Tensor, thought: Tensor) -> Tensor:
-        """Weight of the thought branch, (..., 1), from two tensors of final-norm hidden states (..., hidden_size)."""
-        weight = torch.cat([base, thought], -1)
-        for linear in self.linears[:-1]:
-            weight = torch.relu(linear(weight))
-        weight = self.linears[-1](weight)
+    def base_term(self, base: Tensor) -> Tensor:
+        """What hidden states (..., hidden_size) without a thought add in the first layer."""
+        weight, bias = self._first()
+        return F.linear(base, weight[:, : self.hidden_size], bias)
+
+    def forward(self, base_term: Tensor, thought: Tensor) -> Tensor:
+        """Weight of the thought branch, (..., 1), from `base_term` and hidden states (..., hidden_size) of thoughts."""
+        weight = base_term + F.linear(thought, self._first()[0][:, self.hidden_size :])
+        for linear in self.linears[1:]:
+            weight = linear(torch.relu(weight))
         return torch.sigmoid(weight) if self.bounded == "sigmoid" else weight
+
+    def _first(self) -> tuple[Tensor, Tensor | None]:
+        layer = self.linears[0]
+        assert isinstance(layer, nn.Linear)
+        return layer.weight, layer.bias

@@ -1,13 +1,12 @@
-"""A language model that thinks before every token: sampling, the exact loss, prediction, saving (Section 4).
+"""A language model that thinks before every token: the exact loss, prediction, generation (Section 4).
 
-`ThoughtModel` wraps any supported causal LM of transformers. Sampling, scoring and prediction are the same passes: the
-text once per sequence, START, each sampled token, and in the last pass END and the true tokens together. In training
-they are differentiable as they go, so that nothing is computed twice and the loss is that of specification 1.2 (the
-two phases of 6.4 would pay for sampling a second time; where memory is short, switch activation checkpointing on in
-the trunk). As in the official code, w multiplies the prediction after the thought.
+`ThoughtModel` wraps any supported causal LM of transformers. In training the passes are differentiable as they go, so
+that nothing is computed twice and the loss is that of specification 1.2 (the two phases of 6.4 would pay for sampling a
+second time; where memory is short, switch activation checkpointing on in the trunk). As in the official code, w
+multiplies the prediction after the thought.
 
 Shapes: B sequences, T text tokens, N positions that think, P thoughts per position, M sampled tokens of a thought,
-Q thoughts in a pass (P, or 1 for START), K thread tokens in a pass, S true tokens scored, C hidden size, V vocabulary.
+K thread tokens in a pass, S true tokens scored, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,22 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from retrace.papers.quietstar.attention import Reach, ThoughtState, install, run_trunk
 from retrace.papers.quietstar.config import ThoughtConfig
-from retrace.papers.quietstar.losses import sample_tokens, scaled_logits
+from retrace.papers.quietstar.families import install
+from retrace.papers.quietstar.head import OutputHead
+from retrace.papers.quietstar.losses import Generators, entropies
 from retrace.papers.quietstar.mixing import MixingHead
-from retrace.papers.quietstar.objective import (
-    Targets,
-    Thinking,
-    ThoughtOutput,
-    mix,
-    plain_objective,
-    thought_objective,
-)
+from retrace.papers.quietstar.objective import Targets, ThoughtOutput, mix, plain_objective, thought_objective
+from retrace.papers.quietstar.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -53,6 +46,7 @@ class ThoughtModel(nn.Module):
     """`trunk` with START and END embeddings and a mixing head; with `num_sampled` 0 it is the trunk as a plain LM."""
 
     blocked: Tensor
+    prefix: Tensor
     start_embedding: nn.Parameter | None
     end_embedding: nn.Parameter | None
 
@@ -64,74 +58,106 @@ class ThoughtModel(nn.Module):
         start_init_id: int,
         end_init_id: int,
         hidden_token_ids: Sequence[int] = (),
+        prefix_ids: Sequence[int] = (),
     ) -> None:
         """`*_init_id`: token whose embedding START/END begin at. `hidden_token_ids`: never sampled in a thought.
 
-        Weights of the mixing head come from torch's global generator. Raises ValueError for a trunk that cannot be
-        served exactly.
+        `prefix_ids`: what every thought begins with, behind START, before its sampled tokens. Weights of the mixing
+        head come from torch's global generator. Raises ValueError for a trunk that cannot be served exactly.
         """
         super().__init__()
         install(trunk)
         self.trunk, self.config = trunk, config
-        self.register_buffer("blocked", torch.tensor(sorted(hidden_token_ids), dtype=torch.long), persistent=False)
-        embedding = trunk.get_input_embeddings().weight.detach()
         thinks = config.num_sampled > 0
-        start = nn.Parameter(embedding[start_init_id].clone()) if thinks and config.use_start else None
-        end = nn.Parameter(embedding[end_init_id].clone()) if thinks and config.use_end else None
-        self.register_parameter("start_embedding", start)
-        self.register_parameter("end_embedding", end)
+        self.register_buffer("blocked", torch.tensor(sorted(hidden_token_ids), dtype=torch.long), persistent=False)
+        prefix = torch.tensor(list(prefix_ids) if thinks else [], dtype=torch.long)
+        self.register_buffer("prefix", prefix, persistent=False)
+        weight = trunk.get_input_embeddings().weight
+        with torch.no_grad():
+            start, end = self.embed(torch.tensor([start_init_id, end_init_id], device=weight.device))
+        self.register_parameter("start_embedding", nn.Parameter(start) if thinks and config.use_start else None)
+        self.register_parameter("end_embedding", nn.Parameter(end) if thinks and config.use_end else None)
         self.mixing_head: MixingHead | None = None
         if thinks and config.mixing_head is not None:
-            head = MixingHead(
-                config.mixing_head,
-                hidden_size=embedding.shape[1],
-                initializer_range=getattr(trunk.config, "initializer_range", 0.02),
-            )
-            self.mixing_head = head.to(device=embedding.device, dtype=embedding.dtype)
+            initializer_range = getattr(trunk.config, "initializer_range", 0.02)
+            head = MixingHead(config.mixing_head, hidden_size=len(start), initializer_range=initializer_range)
+            self.mixing_head = head.to(device=weight.device, dtype=weight.dtype)
 
     def forward(
-        self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None, *, generator: torch.Generator
+        self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None, *, generator: Generators
     ) -> ThoughtOutput:
         """Sample thoughts and score them: one training step's loss. `attention_mask_BT` is 1 at real tokens."""
-        return self._loss(self._text(input_ids_BT, attention_mask_BT), None, generator)
+        return self._loss(input_ids_BT, attention_mask_BT, None, generator)
+
+    def loss(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, thoughts_BPNM: Tensor) -> ThoughtOutput:
+        """The loss of given thoughts, at the N positions that think. Raises ValueError for sequences too short."""
+        return self._loss(input_ids_BT, attention_mask_BT, thoughts_BPNM.transpose(1, 2), None)
 
     @torch.no_grad()
-    def sample(
-        self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, *, generator: torch.Generator | None
-    ) -> Tensor:
-        """One thought per position and `num_thoughts`, (B, P, T, M); the greedy ones without a generator."""
-        batch, num_text = input_ids_BT.shape
-        if self.config.num_sampled == 0:
-            return input_ids_BT.new_empty(batch, self.config.num_thoughts, num_text, 0)
-        thinking = self._think(self._text(input_ids_BT, attention_mask_BT), generator)
+    def sample(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, *, generator: Generators | None) -> Tensor:
+        """The thoughts of a training step, (B, P, N, M); the greedy ones without a generator."""
+        passes = self._passes(input_ids_BT, attention_mask_BT)
+        base_BTC = self._read_and_choose(passes)
+        thinking = passes.think(passes.choose(base_BTC), generator)
         return thinking.thoughts_BNPM.transpose(1, 2)
 
-    def loss(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, thoughts_BPTM: Tensor) -> ThoughtOutput:
-        """The loss of given thoughts. Raises ValueError for sequences that are too short."""
-        return self._loss(self._text(input_ids_BT, attention_mask_BT), thoughts_BPTM.transpose(1, 2), None)
+    def _passes(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None) -> Passes:
+        """A training step's: every position with a next token thinks, until others are chosen."""
+        positions = range(input_ids_BT.shape[1] - 1)
+        num_thoughts = self.config.num_thoughts
+        return Passes.over(self, input_ids_BT, attention_mask_BT, positions=positions, num_thoughts=num_thoughts)
 
-    def _loss(self, text: _Text, thoughts_BTPM: Tensor | None, generator: torch.Generator | None) -> ThoughtOutput:
-        config, num_text = self.config, text.input_ids_BT.shape[1]
+    def _loss(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor | None,
+        thoughts_BNPM: Tensor | None,
+        generator: Generators | None,
+    ) -> ThoughtOutput:
+        config, num_text = self.config, input_ids_BT.shape[1]
         num_true = config.num_true if config.num_sampled else 1
         if num_text < num_true + 2:
             raise ValueError(
                 f"sequences have {num_text} tokens, but num_true={config.num_true} needs at least "
                 f"{num_true + 2}: use longer sequences or a smaller num_true"
             )
-        targets = Targets.of(text.input_ids_BT, text.real_BT, num_true)
+        passes = self._passes(input_ids_BT, attention_mask_BT)
+        targets = Targets.of(passes.input_ids_BT, passes.real_BT, num_true)
+        base_BTC = self._read_and_choose(passes)
         if config.num_sampled == 0:
-            loss, _ = plain_objective(self._read(text), weight_VC=self._vocabulary, targets=targets, scale=1.0)
+            loss, _ = plain_objective(base_BTC[:, :-1], head=self.head, targets=targets, scale=1.0)
             return ThoughtOutput(loss, {"loss/total": loss.detach(), "loss/base": loss.detach()})
-        thinking = self._think(text, generator, thoughts_BTPM)
+        thinking = passes.think(passes.choose(base_BTC), generator, thoughts_BNPM=thoughts_BNPM)
         return thought_objective(
             config,
+            base_BTC=base_BTC,
             thinking=thinking,
-            after_BTPSC=self._speak(text, thinking, num_true)[:, :, :, -num_true:],
+            after_BNPSC=passes.speak(thinking, num_true)[:, :, :, -num_true:],
             targets=targets,
-            weight_VC=self._vocabulary,
+            positions_BN=passes.choose(torch.arange(num_text, device=input_ids_BT.device).expand_as(input_ids_BT)),
+            choose=passes.choose,
+            head=self.head,
             mixing_head=self.mixing_head,
             blocked=self.blocked,
         )
+
+    def _read_and_choose(self, passes: Passes) -> Tensor:
+        """Read the text and choose where to think as the config says; the text's hidden states (B, T, C)."""
+        config, base_BTC = self.config, passes.read()
+        batch, num_next = len(base_BTC), base_BTC.shape[1] - 1
+        if config.num_sampled == 0 or config.positions == "all":
+            return base_BTC
+        if config.positions == "every":
+            assert config.position_step is not None
+            chosen = torch.arange(config.position_step - 1, num_next, config.position_step, device=base_BTC.device)
+            passes.think_at(chosen.expand(batch, -1))
+            return base_BTC
+        assert config.position_share is not None
+        entropy_BU = entropies(base_BTC[:, :-1].flatten(0, 1), head=self.head).view(batch, num_next)
+        entropy_BU = entropy_BU.masked_fill(~(passes.real_BT[:, :-1] & passes.real_BT[:, 1:]), -1.0)
+        hardest_BN = entropy_BU.topk(math.ceil(config.position_share * num_next), dim=1).indices
+        passes.think_at(hardest_BN.sort(1).values)
+        return base_BTC
 
     @torch.no_grad()
     def predict(
@@ -140,34 +166,40 @@ class ThoughtModel(nn.Module):
         attention_mask_BT: Tensor | None,
         positions_BN: Tensor,
         *,
-        generator: torch.Generator | None,
+        generator: Generators | None,
         num_thoughts: int = 1,
     ) -> Prediction:
         """What follows the text up to and including `positions_BN`, thinking only there; greedily without a generator.
 
         `hidden_token_ids` are kept out of thoughts only: predictions are over the whole vocabulary.
         """
-        text = self._text(input_ids_BT, attention_mask_BT, num_thoughts=num_thoughts, positions_BN=positions_BN)
+        passes = Passes.over(self, input_ids_BT, attention_mask_BT, positions=positions_BN, num_thoughts=num_thoughts)
+        return self.predict_next(passes, passes.choose(passes.read()), generator)
+
+    @torch.no_grad()
+    def predict_next(
+        self, passes: Passes, base_BNC: Tensor, generator: Generators | None, *, opened_BNC: Tensor | None = None
+    ) -> Prediction:
+        """What follows the positions of `passes`, where the text has the hidden states `base_BNC`; see `think`."""
+        num_thoughts, base_BNV = passes.state.num_thoughts, self.head.log_probs(base_BNC)
         if self.config.num_sampled == 0:
-            base_BNV = self._log_probs(text.at_positions(self._read(text)))
-            thoughts = positions_BN.new_empty(len(positions_BN), num_thoughts, positions_BN.shape[1], 0)
-            return Prediction(base_BNV, base_BNV, base_BNV.new_zeros(positions_BN.shape), thoughts)
-        thinking = self._think(text, generator)
-        after_BNPC = self._speak(text, thinking, 1)[:, :, :, -1]
-        before_BNPC = text.at_positions(thinking.base_BTC)[:, :, None].expand_as(after_BNPC)
-        mixed_BNPC, weight_BNP = mix(self.mixing_head, before_BNPC, after_BNPC)
+            thoughts = passes.input_ids_BT.new_empty(len(base_BNV), num_thoughts, base_BNV.shape[1], 0)
+            return Prediction(base_BNV, base_BNV, base_BNV.new_zeros(base_BNV.shape[:2]), thoughts)
+        thinking = passes.think(base_BNC, generator, opened_BNC=opened_BNC)
+        after_BNPSC = passes.speak(thinking, 1)[:, :, :, -1:]
+        mixed_BNPSC, weight_BNPS = mix(self.mixing_head, base_BNC, after_BNPSC, choose=lambda values: values)
         return Prediction(
-            base_BNV=self._log_probs(before_BNPC[:, :, 0]),
-            mixed_BNV=self._log_probs(mixed_BNPC).logsumexp(2) - math.log(num_thoughts),
-            weight_BN=weight_BNP.mean(-1),
+            base_BNV=base_BNV,
+            mixed_BNV=self.head.log_probs(mixed_BNPSC[:, :, :, 0]).logsumexp(2) - math.log(num_thoughts),
+            weight_BN=weight_BNPS[..., 0].mean(-1),
             thoughts_BPNM=thinking.thoughts_BNPM.transpose(1, 2),
         )
 
     @torch.no_grad()
     def predict_base(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None, positions_BN: Tensor) -> Tensor:
         """Next-token log-probabilities after chosen positions without thinking (B, N, V): `Prediction.base_BNV`."""
-        text = self._text(input_ids_BT, attention_mask_BT, num_thoughts=1, positions_BN=positions_BN)
-        return self._log_probs(text.at_positions(self._read(text)))
+        passes = Passes.over(self, input_ids_BT, attention_mask_BT, positions=positions_BN, num_thoughts=0)
+        return self.head.log_probs(passes.choose(passes.read()))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter once, under "trunk", "mixing_head" or "meta" (START and END); empty groups are left out.
@@ -180,114 +212,33 @@ class ThoughtModel(nn.Module):
         return {name: parameters for name, parameters in groups.items() if parameters}
 
     @property
+    def head(self) -> OutputHead:
+        """The output projection with its present weights."""
+        return OutputHead.of(self.trunk)
+
+    @property
     def num_thought_positions(self) -> int:
         """Positions behind the text that a thought and the true tokens after it take."""
         c = self.config
-        return c.use_start + c.num_sampled + c.use_end + c.num_true - 1 if c.num_sampled else 0
+        return c.use_start + len(self.prefix) + c.num_sampled + c.use_end + c.num_true - 1 if c.num_sampled else 0
 
-    @property
-    def _vocabulary(self) -> Tensor:
-        """The output projection (V, C)."""
-        return self.trunk.get_output_embeddings().weight
+    def require_room(self, num_text: int) -> None:
+        """Raise ValueError where texts of `num_text` tokens with their thoughts need more positions than there are."""
+        most = getattr(self.trunk.config, "max_position_embeddings", None)
+        if most is not None and num_text + self.num_thought_positions > most:
+            raise ValueError(
+                f"texts of {num_text} tokens and thoughts of {self.num_thought_positions} positions do not fit into "
+                f"the {most} that this {self.trunk.config.model_type} has: use texts of at most "
+                f"{max(0, most - self.num_thought_positions)} tokens, or a smaller num_sampled or num_true"
+            )
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        return self.trunk.get_input_embeddings()(ids)
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings (..., C) of token ids, scaled where the family scales them there."""
+        embedded: Tensor = self.trunk.get_input_embeddings()(ids)
+        return embedded
 
-    def _log_probs(self, hidden: Tensor) -> Tensor:
-        return torch.log_softmax(scaled_logits(F.linear(hidden, self._vocabulary), 1.0, None), -1)
-
-    def _text(
-        self,
-        input_ids_BT: Tensor,
-        attention_mask_BT: Tensor | None,
-        *,
-        num_thoughts: int | None = None,
-        positions_BN: Tensor | None = None,
-    ) -> _Text:
-        """The text with its padding: where RoPE counts from, and whether attention has to be told of it."""
-        config, real_BT = self.config, torch.ones_like(input_ids_BT, dtype=torch.bool)
-        if attention_mask_BT is not None:
-            real_BT = attention_mask_BT.bool()
-        late = bool((real_BT[:, 1:] > real_BT[:, :-1]).any())  # padding before real text: causality does not hide it
-        num_slots = config.use_start + config.num_sampled + config.use_end + config.num_true - 1
-        state = ThoughtState(
-            Reach(input_ids_BT.shape[1], real_BT if late else None, positions_BN),
-            num_thoughts=config.num_thoughts if num_thoughts is None else num_thoughts,
-            num_slots=num_slots if config.num_sampled else 0,
-        )
-        return _Text(input_ids_BT, real_BT, (real_BT.cumsum(1) - 1).clamp(min=0), state)
-
-    def _read(self, text: _Text) -> Tensor:
-        """Hidden states (B, T, C) of the text alone."""
-        embeds_BTC = self._embed(text.input_ids_BT)
-        return run_trunk(self.trunk, embeds_BTC, position_ids_BL=text.position_ids_BT, state=text.state, num_new=0)
-
-    def _continue(self, text: _Text, tokens_BNQKC: Tensor) -> Tensor:
-        """Feed every thread its next K tokens; their hidden states (B, N, Q, K, C)."""
-        shape = tokens_BNQKC.shape
-        steps_K = torch.arange(1, shape[3] + 1, device=tokens_BNQKC.device) + text.state.num_done
-        position_ids = text.at_positions(text.position_ids_BT)[:, :, None, None] + steps_K
-        hidden_BLC = run_trunk(
-            self.trunk,
-            tokens_BNQKC.flatten(1, 3),
-            position_ids_BL=position_ids.expand(shape[:-1]).flatten(1),
-            state=text.state,
-            num_new=shape[3],
-        )
-        return hidden_BLC.view(shape)
-
-    def _think(self, text: _Text, generator: torch.Generator | None, thoughts_BNPM: Tensor | None = None) -> Thinking:
-        """Read the text, then sample thoughts token by token, or follow given ones. The last token is not fed yet."""
-        base_BTC = self._read(text)
-        hidden_BNQC = text.at_positions(base_BTC)[:, :, None]
-        if self.start_embedding is not None:  # one START serves all thoughts of a position
-            start = self.start_embedding.expand(*hidden_BNQC.shape[:2], 1, 1, -1)
-            hidden_BNQC = self._continue(text, start)[:, :, :, 0]
-        before: list[Tensor] = [hidden_BNQC]
-        tokens: list[Tensor] = []
-        for step in range(self.config.num_sampled):
-            if step > 0:
-                before.append(self._continue(text, self._embed(tokens[-1])[:, :, :, None])[:, :, :, 0])
-            if thoughts_BNPM is None:
-                tokens.append(self._sample_next(before[-1], text.state.num_thoughts, generator))
-            else:
-                tokens.append(thoughts_BNPM[..., step])
-        return Thinking(base_BTC, before, torch.stack(tokens, -1))
-
-    @torch.no_grad()
-    def _sample_next(self, hidden_BNQC: Tensor, num_thoughts: int, generator: torch.Generator | None) -> Tensor:
-        return sample_tokens(
-            hidden_BNQC,
-            weight_VC=self._vocabulary,
-            num_thoughts=num_thoughts,
-            temperature=self.config.sample_temperature,
-            blocked=self.blocked,
-            generator=generator,
-        )
-
-    def _speak(self, text: _Text, thinking: Thinking, num_true: int) -> Tensor:
-        """Feed the last sampled token, END and the true tokens but the last; their hidden states (B, N, P, K, C)."""
-        last_BNPC = self._embed(thinking.thoughts_BNPM[..., -1])
-        parts = [last_BNPC[:, :, :, None]]
-        if self.end_embedding is not None:
-            parts.append(self.end_embedding.expand_as(parts[0]))
-        if num_true > 1:
-            true_BTS = F.pad(text.input_ids_BT, (0, num_true - 1)).unfold(1, num_true, 1)[..., 1:]
-            true_BTSC = self._embed(true_BTS)
-            parts.append(true_BTSC[:, :, None].expand(-1, -1, last_BNPC.shape[2], -1, -1))
-        return self._continue(text, torch.cat(parts, 3))
-
-
-@dataclass
-class _Text:
-    input_ids_BT: Tensor
-    real_BT: Tensor
-    position_ids_BT: Tensor
-    state: ThoughtState
-
-    def at_positions(self, values_BT: Tensor) -> Tensor:
-        """The values (B, T, ...) at the positions that think, (B, N, ...)."""
-        positions_BN = self.state.reach.positions_BN
-        if positions_BN is None:
-            return values_BT
-        return values_BT[torch.arange(len(values_BT), device=values_BT.device)[:, None], positions_BN]
+    def opening(self) -> Tensor | None:
+        """START and the forced prefix (K, C), what every thought begins with; None where there is neither."""
+        parts = [] if self.start_embedding is None else [self.start_embedding[None]]
+        parts += [self.embed(self.prefix)] if len(self.prefix) else []
+        return torch.cat(parts) if parts else None

@@ -1,7 +1,7 @@
 """A thinking model as a folder: transformers' own files for the trunk and tokenizer, and two beside them for thoughts.
 
     config.json, model.safetensors, tokenizer.json, ...    the trunk, as transformers saves and loads it
-    thoughts.json                                          `ThoughtConfig` and the ids that no thought may hold
+    thoughts.json                                          `ThoughtConfig`, the ids that no thought may hold, the prefix
     thoughts.safetensors                                   START, END and the mixing head, bit for bit
 
 Without the last two it is a plain language model, which transformers loads as one.
@@ -27,7 +27,7 @@ from retrace.papers.quietstar.model import ThoughtModel
 from retrace.papers.quietstar.trunks import load_tokenizer
 
 SETTINGS, TENSORS = "thoughts.json", "thoughts.safetensors"
-FORMAT = 1
+FORMAT = 2
 PUBLISHED = "talk_head.0.0.weight"  # a tensor that only the official code's checkpoints have
 TRUNK = "trunk."
 
@@ -45,16 +45,21 @@ def save_pretrained(
     model.trunk.save_pretrained(folder, state_dict=trunk)
     tokenizer.save_pretrained(folder)
     own = {name: t for name, t in found.items() if not name.startswith(TRUNK)}
-    write_thoughts(folder, model.config, own, hidden_tokens=model.blocked.tolist())
+    write_thoughts(folder, model.config, own, hidden_tokens=model.blocked.tolist(), prefix_tokens=model.prefix.tolist())
 
 
 def write_thoughts(
-    folder: Path, config: ThoughtConfig, tensors: Mapping[str, Tensor], *, hidden_tokens: Sequence[int]
+    folder: Path,
+    config: ThoughtConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    hidden_tokens: Sequence[int],
+    prefix_tokens: Sequence[int] = (),
 ) -> None:
     """The two files that make a folder with a trunk one that thinks."""
     save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, folder / TENSORS)
-    settings = {"format": FORMAT, "thoughts": config.model_dump(mode="json"), "hidden_tokens": list(hidden_tokens)}
-    write_json(folder / SETTINGS, settings)
+    ids = {"hidden_tokens": list(hidden_tokens), "prefix_tokens": list(prefix_tokens)}
+    write_json(folder / SETTINGS, {"format": FORMAT, "thoughts": config.model_dump(mode="json"), **ids})
 
 
 def from_pretrained(
@@ -69,10 +74,11 @@ def from_pretrained(
     `dtype` None keeps the stored one. Raises ValueError for a folder that holds no thoughts, or only some of them.
     """
     folder = find_folder(name, revision=revision)
-    config, hidden = _settings(folder)
+    config, hidden, prefix = _settings(folder)
     trunk = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
     with torch.random.fork_rng(devices=[]):
-        model = ThoughtModel(trunk, config, start_init_id=0, end_init_id=0, hidden_token_ids=hidden)
+        ids = {"start_init_id": 0, "end_init_id": 0}  # any: the embeddings are filled below
+        model = ThoughtModel(trunk, config, **ids, hidden_token_ids=hidden, prefix_ids=prefix)
     _fill(model, folder / TENSORS)
     return model.to(device).eval(), load_tokenizer(str(folder))
 
@@ -88,7 +94,7 @@ def find_folder(name: str | Path, *, revision: str = "main") -> Path:
     return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "tokenizer*"]))
 
 
-def _settings(folder: Path) -> tuple[ThoughtConfig, list[int]]:
+def _settings(folder: Path) -> tuple[ThoughtConfig, list[int], list[int]]:
     file = folder / SETTINGS
     if not file.is_file():
         raise ValueError(f"{folder}: {_why_not(folder)}")
@@ -97,7 +103,8 @@ def _settings(folder: Path) -> tuple[ThoughtConfig, list[int]]:
         raise ValueError(
             f"{file}: format={found.get('format')}: expected {FORMAT}; it is from another version of Retrace"
         )
-    return validate(ThoughtConfig, found["thoughts"], source=str(file)), found["hidden_tokens"]
+    config = validate(ThoughtConfig, found["thoughts"], source=str(file))
+    return config, found["hidden_tokens"], found["prefix_tokens"]
 
 
 def _why_not(folder: Path) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from retrace.core.context import Context
 from retrace.core.data import derive_seed
-from retrace.papers.quietstar.config import Corpus, Model, ScratchModel, ThoughtConfig
+from retrace.papers.quietstar.config import Corpus, Model, ThoughtConfig
 from retrace.papers.quietstar.model import ThoughtModel
+from retrace.papers.quietstar.models import ScratchModel
 from retrace.papers.quietstar.texts import TextCorpusConfig
 from retrace.papers.quietstar.tokenizer import build_tokenizer, train_tokenizer
 from retrace.papers.quietstar.vocabulary import END, START
@@ -97,7 +100,23 @@ def build_thinker(
         start_init_id=_first_token(tokenizer, thoughts.start_init, "thoughts.start_init"),
         end_init_id=_first_token(tokenizer, thoughts.end_init, "thoughts.end_init"),
         hidden_token_ids=hidden_tokens(tokenizer, vocab_size=trunk.config.vocab_size),
+        prefix_ids=tokenizer(thoughts.prefix, add_special_tokens=False)["input_ids"] if thoughts.prefix else (),
     )
+
+
+def next_stage(
+    before: ThoughtModel,
+    thoughts: ThoughtConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    keeps: Literal["everything", "trunk"],
+    seed: int,
+) -> ThoughtModel:
+    """The model that the next stage of a curriculum begins with; without the rest kept, as fresh as the first was."""
+    model = build_thinker(before.trunk, thoughts, tokenizer, seed=seed)
+    if keeps == "everything":
+        model.load_state_dict(before.state_dict())
+    return model
 
 
 def hidden_tokens(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> list[int]:
