@@ -2,9 +2,9 @@
 
     MALLOC_MMAP_THRESHOLD_=65536 python peak_memory.py train train.optim.precision=pure_bf16 -- pretrain ...
 
-Measured is the growth of the largest resident set during `fit`, plus the weights that were there before, after a small
-training has loaded what libraries load; with the variable, malloc maps every larger tensor by itself, so that the
-resident set is the tensors alive and not the heap's holes.
+Measured is the growth of the largest resident set during `fit`, plus the weights that were there before, after one step
+of the same has loaded what libraries load, and made the scratch space that they keep. With the variable, malloc maps
+every larger tensor by itself, so that the resident set is the tensors alive and not the heap's holes.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for words in " ".join(sys.argv[1:]).split(" -- "):
         program, *overrides = words.split(" ")
-        measure(find(program, [*overrides, "model.hidden_size=16", "model.num_layers=1"]))
+        measure(find(program, [*overrides, "base.optim.steps=1", "train.optim.steps=1"]))
         spec = find(program, overrides)
         counted = getattr(cost, program)(spec.config)
         found = {"state": counted.state_bytes(spec.hardware), "activations": counted.activation_bytes(spec.hardware)}

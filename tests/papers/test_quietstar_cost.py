@@ -28,12 +28,11 @@ CASES = [
 
 
 def test_a_training_step_takes_the_memory_that_the_plan_counts() -> None:
-    """Within 15 % above and 26 % below what is counted, of 0.1 to 0.4 GB.
+    """Within 10 % above and 25 % below what is counted, of 0.1 to 0.4 GB.
 
-    Activations are counted in tensors of the hidden and of the MLP's size a token and layer, which is exact to some
-    5 %; with activation checkpointing the largest layer and the most kept inputs are added, though they come at
-    different moments, so the plan errs to the safe side. A missing term shows: gradients, moments, a bf16 copy or the
-    scores of one layer would each be more than 10 %, and activations in the wrong dtype 40 %.
+    Activations are counted in whole tensors a token and layer, as if all came at one moment, so the plan errs to the
+    safe side, by 6 to 16 % when this was written. A missing term shows: gradients, moments, a bf16 copy or the scores
+    of one layer would each be more than 10 %, and activations in the wrong dtype 40 %.
     """
     sizes = [f"model.{key}={value}" for key, value in SIZES.items()]
     words = " -- ".join(" ".join([program, *sizes, *STEPS, *BATCH, *own]) for program, *own in CASES)
@@ -46,7 +45,7 @@ def test_a_training_step_takes_the_memory_that_the_plan_counts() -> None:
     )
     for case, line in zip(CASES, done.stdout.splitlines()[-len(CASES) :], strict=True):
         found = json.loads(line)
-        assert 0.74 <= found["measured"] / (found["state"] + found["activations"]) <= 1.15, (case, found)
+        assert 0.75 <= found["measured"] / (found["state"] + found["activations"]) <= 1.1, (case, found)
 
 
 def test_the_paper_scale_is_planned_for_eight_gpus_on_a_machine_without_any(retrace: Run) -> None:

@@ -104,6 +104,7 @@ def fit(
                 value, seen = loss(model, batch, noise)
                 accelerator.backward(value / len(micro))
             parts.append(_numbers({"loss/total": value, **seen}))
+            del value, seen  # or what they were computed from would stay until the next ones are
         parallel.release(inner)
         metrics = _means(parts if world == 1 else gather_object(parts))
         if math.isfinite(metrics["loss/total"]):
