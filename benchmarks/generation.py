@@ -2,7 +2,7 @@
 
     python benchmarks/generation.py [--lengths 64 256 1024]
 
-The model is that of thought_step.py (hidden 256, 4 layers, thoughts of 9 sampled tokens) on one thread, in fp32, greedy.
+The model is that of thought_step.py (hidden 256, 4 layers, thoughts of 9 sampled tokens) on one thread, fp32, greedy.
 Without a cache there are three ways to write the token behind a text, from the whole text: as the published code does,
 by a growing mask with a thought at every position ("published"); by our threads at every position ("every"); by one
 thread at the last position ("last"). That all write the same text is asserted first. Times are the smallest of a few,

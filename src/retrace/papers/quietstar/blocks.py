@@ -21,7 +21,7 @@ from torch import Tensor
 
 from retrace.papers.quietstar.memory import LayerMemory, Reach
 
-BLOCK_SCORES = {"cpu": 2**18}  # scores alive at a time: on CPU they fit the second-level cache
+BLOCK_SCORES = {"cpu": 2**19}  # scores alive at a time: on CPU they stay in cache
 BLOCK_SCORES_ELSEWHERE = 2**28
 LEAST_POSITIONS = 16  # of a block: fewer are not worth its overhead
 MOST_POSITIONS = {"cpu": 32}  # more would multiply with too many keys that causality hides
