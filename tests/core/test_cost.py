@@ -20,6 +20,7 @@ def hardware(**changes: object) -> Hardware:
         "parallel_runs": 1,
         "shard": False,
         "activation_checkpointing": False,
+        "compile": False,
         "peak_flops": None,
         "planned_mfu": None,
         "checkpoint_seconds": 60.0,

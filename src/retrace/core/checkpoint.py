@@ -40,16 +40,6 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **buffers}
 
 
-def save_model(model: nn.Module, path: Path) -> None:
-    """The model's tensors as one safetensors file."""
-    save_file(whole(model_tensors(model), keep=True), path)
-
-
-def load_model(model: nn.Module, path: Path) -> None:
-    """Fill the model from `save_model`'s file; raises ValueError if it is of another model."""
-    _fill(model_tensors(model), path)
-
-
 @torch.no_grad()
 def whole(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Sharded tensors as whole ones on the CPU, one gathered at a time; the others as they are, on the CPU.

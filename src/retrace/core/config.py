@@ -43,6 +43,7 @@ class Hardware(Placement):
     parallel_runs: int | None = Field(ge=1)  # runs side by side on one machine; null: one for each `threads` cores
     shard: bool  # weights, gradients and moments are split over the processes (FSDP2), or whole in each (DDP)
     activation_checkpointing: bool  # keep a layer's input only, and compute the layer again in the backward pass
+    compile: bool  # a model's layers by torch.compile, where a program offers it; a minute, worth it in long runs
     peak_flops: float | None = Field(gt=0)  # of one process, in the dtype used; null: unknown, so MFU is unknown
     planned_mfu: float | None = Field(gt=0, le=1)  # share of the peak to plan with where nothing was measured yet
     checkpoint_seconds: float = Field(ge=0)  # least time between two checkpoints of a run
@@ -51,6 +52,8 @@ class Hardware(Placement):
     def _something_to_share(self) -> Self:
         if self.shard and self.processes == 1:
             raise ValueError("shard=true with processes=1: nothing is shared; set processes to the number of GPUs")
+        if self.shard and self.compile:
+            raise ValueError("shard=true with compile=true: not tried together; set one of them to false")
         return self
 
     @property

@@ -141,6 +141,17 @@ def thought_attention(
 ALL_ATTENTION_FUNCTIONS.register(NAME, thought_attention)
 
 
+def compile_layers(trunk: PreTrainedModel) -> None:
+    """Compile the trunk's layers around thought attention, all by one graph for passes of any length.
+
+    Worth it where a run lasts long: the first step takes a minute for it.
+    """
+    ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(thought_attention))
+    for module in trunk.modules():
+        if type(module).__name__ in (trunk._no_split_modules or ()):
+            module.compile(dynamic=True)
+
+
 def _checked(
     here: ThoughtPass | None,
     module: nn.Module,

@@ -12,9 +12,12 @@ from dataclasses import replace
 
 from retrace.core.cost import BF16, COMPUTED, FP32, KEPT, Cost, DecoderShape, Memory
 from retrace.core.optim import Optim
+from retrace.core.tasks import read_task
 from retrace.papers.quietstar.config import (
+    TASKS,
     Corpus,
     DistillConfig,
+    EvalConfig,
     EvaluateConfig,
     Lora,
     Model,
@@ -85,10 +88,25 @@ def evaluate(config: EvaluateConfig) -> Cost:
     text = (config.eval.num_windows + (config.eval.page_windows if thoughts.num_sampled else 0)) * length
     items = len(config.eval.tasks) * min(config.eval.num_questions, config.eval.limit or config.eval.num_questions)
     asked = items * TYPICAL_ITEM_TOKENS
-    threads = text * thread_tokens(thoughts) / thoughts.num_thoughts if thoughts.num_sampled else 0
-    flops = trunk.forward_flops(tokens=text + threads + 2 * asked, keys=length / 2, logits=2 * text)
+    slots = thread_tokens(thoughts) / thoughts.num_thoughts if thoughts.num_sampled else 0
+    flops = trunk.forward_flops(tokens=text * (1 + slots) + 2 * asked, keys=length / 2, logits=2 * text)
+    written = sum(_written_tokens(name, config.eval) for name in config.eval.tasks)
+    once = trunk.forward_flops(tokens=written, keys=length / 2, logits=written)
+    flops += (3 + slots) * once  # with thoughts, without them, and by the base model
     kept = _inference(trunk, thoughts, num_text=config.eval.batch_size * length, bf16=config.eval.precision == "bf16")
     return Cost(text + asked, flops, kept, shared=False)
+
+
+def _written_tokens(task: str, settings: EvalConfig) -> int:
+    """Tokens that a model writes for a task, at most: a text may end earlier."""
+    file = read_task(task, tasks_dir=TASKS)
+    if file.settings.get("output_type") != "generate_until":
+        return 0
+    items = min(settings.num_questions, settings.limit or settings.num_questions)
+    items = min(items, file.subset.size) if file.subset else items
+    kwargs = file.settings.get("generation_kwargs", {})
+    once = kwargs.get("max_gen_toks", 0) + (kwargs.get("then") or {}).get("max_gen_toks", 0)
+    return items * int(file.settings.get("repeats", 1)) * int(once)
 
 
 def thread_tokens(thoughts: ThoughtConfig) -> int:

@@ -16,6 +16,7 @@ from retrace.core.context import Context
 from retrace.core.precision import COMPUTED, KEPT
 from retrace.core.train import Batch, Group, fit
 from retrace.papers.quietstar import cost
+from retrace.papers.quietstar.attention import compile_layers
 from retrace.papers.quietstar.config import DistillConfig, EvaluateConfig, PretrainConfig, TrainConfig
 from retrace.papers.quietstar.difficulty import gain_by_difficulty
 from retrace.papers.quietstar.evaluation import score_tasks
@@ -60,6 +61,8 @@ def train(config: TrainConfig, ctx: Context) -> dict[str, float]:
     """Continue training the base, or a stage before this one, with thoughts, on the corpus without asides."""
     model, tokenizer = start(config, ctx)
     settings = config.train
+    if ctx.hardware.compile:
+        compile_layers(model.trunk)
     if settings.lora is not None:
         add_adapters(model.trunk, settings.lora, seed=config.seed)
     rates = {
