@@ -33,7 +33,6 @@ from growing_mask import reference_step
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from retrace.core.launch import MALLOC
 from retrace.core.provenance import processor
 from retrace.papers.quietstar.attention import compile_layers
 from retrace.papers.quietstar.config import MixingHead, ThoughtConfig
@@ -187,7 +186,7 @@ def compare(name: str, repeats: int) -> dict[str, dict[str, float]]:
     """Each variant's seconds and MiB, and what these are of the references' and of the floor's."""
     row: dict[str, dict[str, float]] = {}
     for which in (*REFERENCES, *OURS):
-        row[which] = in_own_process(which, name, repeats if which in OURS else max(1, repeats - 1), **MALLOC)
+        row[which] = in_own_process(which, name, repeats if which in OURS else max(1, repeats - 1))
         memory = in_own_process(which, name, 1, MALLOC_MMAP_THRESHOLD_="65536") if which != "compiled" else None
         row[which]["mib"] = memory["bytes"] / 2**20 if memory else float("nan")
         del row[which]["bytes"]

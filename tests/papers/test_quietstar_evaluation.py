@@ -206,7 +206,7 @@ def test_every_tokens_losses_are_kept_and_add_up(tmp_path: Path, seeds: str) -> 
     gain = (kept["nll_base"] - kept["nll"]).double().mean()
     assert metrics["text/gain"] == pytest.approx(float(gain), abs=1e-6)
     assert ("text/gain_seed_std" in metrics) == (seeds != "greedy")
-    counts = np.array(ctx.notes["text"]["counts"])
+    counts = np.array(ctx.notes["joint"]["counts"])
     assert counts.sum() == len(kept["window"])
 
 
@@ -214,10 +214,10 @@ def test_the_joint_distribution_counts_as_numpy_does() -> None:
     generator = torch.Generator().manual_seed(0)
     gain_Z, loss_Z = torch.randn(500, generator=generator).double(), 9 * torch.rand(500, generator=generator).double()
     found = difficulty.joint_distribution(gain_Z, loss_Z)
-    edges = [[-np.inf, *found[key], np.inf] for key in ("loss_edges", "gain_edges")]
+    edges = [[-np.inf, *found[key], np.inf] for key in ("y_edges", "x_edges")]
     expected, *_ = np.histogram2d(loss_Z.numpy(), gain_Z.numpy(), bins=edges)
     assert found["counts"] == expected.astype(int).tolist()
-    assert found["gain_quantiles"]["0.5"] == pytest.approx(float(gain_Z.quantile(0.5)))
+    assert found["x_quantiles"]["0.5"] == pytest.approx(float(gain_Z.quantile(0.5)))
 
 
 def test_options_of_a_question_are_read_once() -> None:

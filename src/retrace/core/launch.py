@@ -20,13 +20,6 @@ from pathlib import Path
 from retrace.core.plan import RunSpec
 from retrace.core.store import FINISHED, Store
 
-# A training step frees what it allocated and allocates it again: on a CPU, memory that stays with the process, in huge
-# pages, saves a few percent of the time of a small model. Only glibc reads these.
-MALLOC = {
-    "MALLOC_TRIM_THRESHOLD_": str(2**36),
-    "MALLOC_MMAP_THRESHOLD_": str(2**36),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
 BUSY_SECONDS = 2.0  # between two looks at a run that somebody else holds
 
 
@@ -45,7 +38,7 @@ class Worker:
     """A process that runs one run at a time; started again when it has died."""
 
     def __init__(self, *, threads: int) -> None:
-        self._environment = {**MALLOC, **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self._environment |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
         self._process: subprocess.Popen[str] | None = None
         self._errors: list[str] = []

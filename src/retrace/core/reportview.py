@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from retrace.core.claims import OUTCOMES, Verdict
-from retrace.core.figures import ArmValues, curve_figure, sample_figure, verdict_bar
+from retrace.core.figures import ArmValues, curve_figure, joint_figure, sample_figure, verdict_bar
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
-from retrace.core.samples import DIVERGED, Sample, Samples
+from retrace.core.samples import DIVERGED, Chain, Sample, Samples
 from retrace.core.stats import Estimate, estimate, paired_differences
 from retrace.core.svg import Figure, decimals, number
 
@@ -52,6 +52,7 @@ class AblationView:
     figures: tuple[Figure, ...]
     other: tuple[Table, ...]
     curves: tuple[Figure, ...]
+    joints: tuple[Figure, ...]  # how two values of a run's items go together, an arm each, all seeds
     records: tuple[tuple[str, int, Record], ...]  # (arm, seed, record), chains in order
 
 
@@ -142,6 +143,7 @@ def view_ablation(ablation: Ablation, samples: Samples, *, own: Sequence[str], o
             for curve in samples.series(name)
             if not curve.startswith(DIAGNOSTICS)
         ),
+        joints=tuple(figure for arm in arms if (figure := _joint_figure(name, arm, chains.get(arm, {}))) is not None),
         records=tuple(
             (arm, seed, record)
             for arm in arms
@@ -164,6 +166,24 @@ def _curve_figure(ablation: str, arms: Sequence[str], samples: Samples, name: st
     chains = samples.chains[ablation]
     curves = {arm: [c.series[name] for c in chains.get(arm, {}).values() if name in c.series] for arm in arms}
     return curve_figure(_file(ablation, "curve", name), name, {arm: found for arm, found in curves.items() if found})
+
+
+def _joint_figure(ablation: str, arm: str, chains: Mapping[int, Chain]) -> Figure | None:
+    """The joint distribution that an arm's records hold, its counts summed over the seeds; None where there is none."""
+    notes = [r.provenance["joint"] for chain in chains.values() for r in chain.records if "joint" in r.provenance]
+    if not notes:
+        return None
+    rows = zip(*(note["counts"] for note in notes), strict=True)  # of bins that are the same for all
+    found = notes[0]
+    return joint_figure(
+        _file(ablation, "joint", arm),
+        f"{arm}: {found['title']}",
+        x_edges=found["x_edges"],
+        y_edges=found["y_edges"],
+        counts=[[sum(cells) for cells in zip(*row, strict=True)] for row in rows],
+        x_label=found["x_label"],
+        y_label=found["y_label"],
+    )
 
 
 def _file(*parts: str) -> str:

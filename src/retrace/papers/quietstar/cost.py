@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> Cost:
     trunk, length, optim = shape(config.model, config.corpus), config.corpus.seq_len, config.train.optim
     thoughts, lora = config.thoughts, config.train.lora
     tokens = optim.steps * optim.batch_size * length
-    flops = tokens * _step_flops(trunk, thoughts, length, train=ADAPT if lora else TRAIN)
+    flops = tokens * step_flops(trunk, thoughts, length, train=ADAPT if lora else TRAIN)
     own = own_parameters(trunk, thoughts)
     trained = own + (adapter_parameters(trunk, lora) if lora else trunk.parameters)
     parameters = trunk.parameters + (trained if lora else own)
@@ -142,7 +142,7 @@ def adapter_parameters(trunk: DecoderShape, lora: Lora) -> int:
     return trunk.num_layers * lora.rank * sum(both.get(name, 2 * size) for name in lora.target_modules)
 
 
-def _step_flops(trunk: DecoderShape, thoughts: ThoughtConfig, length: int, *, train: float) -> float:
+def step_flops(trunk: DecoderShape, thoughts: ThoughtConfig, length: int, *, train: float = TRAIN) -> float:
     """FLOPs of a training step for each of its text tokens."""
     keys = (length + 1) / 2
     base = trunk.forward_flops(tokens=1, keys=keys, logits=1)

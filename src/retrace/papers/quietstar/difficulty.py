@@ -41,7 +41,8 @@ def gain_by_difficulty(
     difficulty_Z, without_Z = tokens["nll_before"].double(), tokens["nll_base"].double()
     gain_SZ = without_Z - tokens["nll"].double()
     gain_Z = gain_SZ.mean(0)
-    ctx.notes["text"] = joint_distribution(gain_Z, difficulty_Z)
+    if config.thoughts.num_sampled > 0:
+        ctx.notes["joint"] = joint_distribution(gain_Z, difficulty_Z)
     sorted_Z = gain_Z[difficulty_Z.argsort(stable=True)]
     deciles = [float(part.mean()) for part in sorted_Z.tensor_split(DECILES)]
     easier = float(sorted_Z[: len(sorted_Z) // 2].mean())
@@ -101,10 +102,10 @@ def token_losses(
 
 
 def joint_distribution(gain_Z: Tensor, loss_Z: Tensor) -> dict[str, Any]:
-    """Counts of tokens by (base loss, gain), and the gain's quantiles: small enough for a record.
+    """Counts of tokens by (base loss, gain), and the gain's quantiles: small enough for a record, which a report draws.
 
-    `counts[i][j]`: loss between edges i - 1 and i of `loss_edges`, gain likewise of `gain_edges`, below the first edge
-    and above the last included.
+    `counts[i][j]`: loss between edges i - 1 and i of `y_edges`, gain likewise of `x_edges`, below the first edge and
+    above the last included.
     """
     shape = (len(LOSS_EDGES) + 1, len(GAIN_EDGES) + 1)
     row_Z, column_Z = (
@@ -114,8 +115,11 @@ def joint_distribution(gain_Z: Tensor, loss_Z: Tensor) -> dict[str, Any]:
     counts = torch.bincount(row_Z * shape[1] + column_Z, minlength=shape[0] * shape[1]).view(shape)
     quantiles = torch.quantile(gain_Z, torch.tensor(QUANTILES, dtype=gain_Z.dtype))
     return {
-        "gain_edges": list(GAIN_EDGES),
-        "loss_edges": list(LOSS_EDGES),
+        "title": "tokens of held-out text",
+        "x_label": "gain from thoughts, nats",
+        "y_label": "loss of the base, nats",
+        "x_edges": list(GAIN_EDGES),
+        "y_edges": list(LOSS_EDGES),
         "counts": counts.tolist(),
-        "gain_quantiles": {f"{q:g}": float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
+        "x_quantiles": {f"{q:g}": float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
     }
