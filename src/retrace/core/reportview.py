@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from retrace.core.claims import OUTCOMES, Verdict
 from retrace.core.figures import ArmValues, curve_figure, joint_figure, sample_figure, verdict_bar
 from retrace.core.plan import Ablation
+from retrace.core.profiles import arm_profiles, profile_figures
 from retrace.core.record import Record
 from retrace.core.samples import DIVERGED, Chain, Sample, Samples
 from retrace.core.stats import Estimate, estimate, paired_differences
@@ -52,6 +53,7 @@ class AblationView:
     figures: tuple[Figure, ...]
     other: tuple[Table, ...]
     curves: tuple[Figure, ...]
+    profiles: tuple[Figure, ...]  # of quantities over the depth of a model, some arms each
     joints: tuple[Figure, ...]  # how two values of a run's items go together, an arm each, all seeds
     records: tuple[tuple[str, int, Record], ...]  # (arm, seed, record), chains in order
 
@@ -143,6 +145,7 @@ def view_ablation(ablation: Ablation, samples: Samples, *, own: Sequence[str], o
             for curve in samples.series(name)
             if not curve.startswith(DIAGNOSTICS)
         ),
+        profiles=tuple(_profile_figures(name, arms, chains)),
         joints=tuple(figure for arm in arms if (figure := _joint_figure(name, arm, chains.get(arm, {}))) is not None),
         records=tuple(
             (arm, seed, record)
@@ -184,6 +187,15 @@ def _joint_figure(ablation: str, arm: str, chains: Mapping[int, Chain]) -> Figur
         x_label=found["x_label"],
         y_label=found["y_label"],
     )
+
+
+def _profile_figures(ablation: str, arms: Sequence[str], chains: Mapping[str, Mapping[int, Chain]]) -> Iterator[Figure]:
+    """What the records hold of quantities over depth, a figure of each for every few arms."""
+    records = {arm: [r for chain in chains.get(arm, {}).values() for r in chain.records] for arm in arms}
+    notes = {arm: [r.provenance["profiles"] for r in found if "profiles" in r.provenance]
+             for arm, found in records.items()}  # fmt: skip
+    for title, (logarithmic, found) in arm_profiles(notes).items():
+        yield from profile_figures(_file(ablation, "profile", title), title, found, logarithmic=logarithmic)
 
 
 def _file(*parts: str) -> str:
