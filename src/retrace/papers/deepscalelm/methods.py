@@ -1,0 +1,293 @@
+"""Methods of initialisation: each makes a `ModelInit` of a shape, one for each row of Section 4. No torch.
+
+    METHODS["dslm"](shape, k=2.0)          or, with messages for users,          initialise(shape, "dslm", k=2.0)
+
+d: hidden_size, f: intermediate_size, N: layers of a stack. Xavier means Glorot's variance 2 / (fan_in + fan_out) of the
+whole matrix. Where a rule says nothing of embeddings and heads, they are 1/sqrt(d), so tied logits have variance one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from retrace.core.config import suggest
+from retrace.papers.deepscalelm import dslm as scheme
+from retrace.papers.deepscalelm.scheme import AttentionInit, FeedForwardInit, LayerInit, ModelInit, Residual
+from retrace.papers.deepscalelm.shape import ModelShape
+
+Method = Callable[..., ModelInit]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where a layer stands: in an encoder, a decoder that stands alone, or a decoder beside an encoder."""
+
+    part: Literal["encoder", "decoder", "beside"]
+    depth: int
+
+
+def initialise(shape: ModelShape, method: str, **options: Any) -> ModelInit:
+    """METHODS[method](shape, **options); raises ValueError for an unknown method or option, and for what it refuses."""
+    if method not in METHODS:
+        raise ValueError(f"method='{method}': no such method{suggest(method, list(METHODS))}")
+    known = [name for name in inspect.signature(METHODS[method]).parameters if name != "shape"]
+    for name in options:
+        if name not in known:
+            choices = suggest(name, known) if known else "; it has none"
+            raise ValueError(f"method='{method}': no option '{name}'{choices}")
+    return METHODS[method](shape, **options)
+
+
+def vanilla_xavier(shape: ModelShape) -> ModelInit:
+    """Xavier everywhere: what "vanilla" means at small width, where 0.02 is nearly the identity (Section 7.1)."""
+    return _model(shape, "vanilla_xavier", lambda stack, number: xavier(shape, cross=stack.part == "beside"))
+
+
+def official_xavier(shape: ModelShape) -> ModelInit:
+    """The "Xavier" of the official figures: the head size as fan-out of queries, keys and values (Section 4, tag A)."""
+    into = math.sqrt(2 / (shape.hidden_size + shape.head_size))
+
+    def layer(stack: Stack, number: int) -> LayerInit:
+        plain = xavier(shape, cross=stack.part == "beside")
+        return _attentions(plain, lambda a: replace(a, query=into, key=into, value=into))
+
+    return _model(shape, "official_xavier", layer)
+
+
+def vanilla_bert(shape: ModelShape, *, std: float = 0.02) -> ModelInit:
+    """Every matrix N(0, 0.02^2) (tag A)."""
+    return _fixed(shape, "vanilla_bert", std, std)
+
+
+def vanilla_gpt2(shape: ModelShape, *, std: float = 0.02) -> ModelInit:
+    """N(0, 0.02^2), and 0.02 / sqrt(2N) for the last matrix of each branch: GPT-2, Megatron."""
+    return _fixed(shape, "vanilla_gpt2", std, std / math.sqrt(2 * shape.num_layers))
+
+
+def dslm(
+    shape: ModelShape,
+    *,
+    k: float | scheme.Reading = "layers2",
+    alpha: float = 1.0,
+    beta_sq: float | None = None,
+    corr0: float | None = None,
+) -> ModelInit:
+    """DeepScaleLM: every branch of unit variance, joined by lambda^2 + beta^2 = 1, beta^2 = k / N^alpha (Section 3).
+
+    `k`: a number, or one of the two readings of the paper, "code" (1) and "layers2" (2). `beta_sq` replaces k / N^alpha.
+    `corr0`: correlation of the summed embeddings before dropout; None: the official 0.221 of an encoder, Zipf's
+    collisions for a decoder. Decoders and other activations than ReLU follow Section 3.6 (tag S); a layer of three
+    branches has 2/3 of the beta^2, so that the sum over the stack is that of a stack of two. Raises ValueError for
+    k >= N, and for any beta^2 outside of (0, 1).
+    """
+    return _dslm(shape, "dslm", k=k, alpha=alpha, beta_sq=beta_sq, corr0=corr0)
+
+
+def dslm_simplified(
+    shape: ModelShape, *, k: float | scheme.Reading = "layers2", alpha: float = 1.0, beta_sq: float | None = None
+) -> ModelInit:
+    """DSLM whose value and output matrices have the feed-forward's variance in every layer (Section 3.5, tag C)."""
+    made = _dslm(shape, "dslm_simplified", k=k, alpha=alpha, beta_sq=beta_sq, corr0=None)
+    std = math.sqrt(math.sqrt((1 - shape.dropout) / 2) / shape.hidden_size)
+
+    def simple(layer: LayerInit) -> LayerInit:
+        return _attentions(layer, lambda a: replace(a, value=std, output=std))
+
+    return replace(made, layers=tuple(map(simple, made.layers)), decoder_layers=tuple(map(simple, made.decoder_layers)))
+
+
+def deepnorm(shape: ModelShape) -> ModelInit:
+    """LN(alpha x + f(x)), Xavier, with gain b for all but queries and keys (DeepNet; torchscale). Post-LN only."""
+    _needs(shape, "deepnorm", "post")
+    n = m = shape.num_layers
+    alpha_b = {
+        "encoder": ((2 * n) ** 0.25, (8 * n) ** -0.25),
+        "decoder": ((2 * m) ** 0.25, (8 * m) ** -0.25),
+        "beside": ((3 * m) ** 0.25, (12 * m) ** -0.25),
+    }
+    if shape.kind == "encoder_decoder":
+        alpha_b["encoder"] = (0.81 * (n**4 * m) ** 0.0625, 0.87 * (n**4 * m) ** -0.0625)
+
+    def layer(stack: Stack, number: int) -> LayerInit:
+        alpha, gain = alpha_b[stack.part]
+        return _joined(_gained(xavier(shape, cross=stack.part == "beside"), gain), Residual(skip=alpha))
+
+    return _model(shape, "deepnorm", layer)
+
+
+def sub_ln(shape: ModelShape) -> ModelInit:
+    """A norm more in front of each branch's last matrix; V, O and FFN with gain sqrt(ln 2N) (Magneto; torchscale).
+
+    Pre-LN only. Cross-attention keeps gain 1, as in torchscale.
+    """
+    _needs(shape, "sub_ln", "pre")
+    n = m = shape.num_layers
+    gain = {"encoder": math.log(2 * n), "decoder": math.log(2 * m), "beside": math.log(3 * m)}
+    if shape.kind == "encoder_decoder":
+        gain["encoder"] = math.log(3 * m) * math.log(2 * n) / 3
+
+    def layer(stack: Stack, number: int) -> LayerInit:
+        plain = xavier(shape, cross=stack.part == "beside")
+        return replace(_gained(plain, math.sqrt(gain[stack.part])), cross=plain.cross)
+
+    return replace(_model(shape, "sub_ln", layer), inner_norms=True)
+
+
+def ds_init(shape: ModelShape, *, reading: Literal["paper", "code"] = "paper") -> ModelInit:
+    """Layer l's matrices are Xavier-uniform over sqrt(l) in the "paper", over l^(1/4) in its authors' "code"."""
+    if reading not in ("paper", "code"):
+        raise ValueError(f"reading={reading!r}: expected 'paper' (1/sqrt(l)) or 'code' (l^-1/4)")
+    power = {"paper": -0.5, "code": -0.25}[reading]
+
+    def layer(stack: Stack, number: int) -> LayerInit:
+        return _gained(xavier(shape, cross=stack.part == "beside"), number**power, scores=number**power)
+
+    return replace(_model(shape, "ds_init", layer), distribution="uniform")
+
+
+def admin(shape: ModelShape) -> ModelInit:
+    """LN(w * x + f(x)): w, a trained vector, is measured when the model is built (Transformer-Clinic). Post-LN only."""
+    _needs(shape, "admin", "post")
+    residual = Residual(trained="skip_vector", profiled=True)
+    return _model(
+        shape, "admin", lambda stack, number: _joined(xavier(shape, cross=stack.part == "beside"), residual)
+    )
+
+
+def t_fixup(shape: ModelShape) -> ModelInit:
+    """No norm and no warm-up: Xavier, V, O and FFN with gain 0.67 N^(-1/4) in an encoder, (9N)^(-1/4) in a decoder.
+
+    Embeddings are N(0, 1/d) (9N)^(-1/4), times the sqrt(d) of the model that the rule was made for; `logit_scale` takes
+    that off again for the logits. Queries and keys have that model's default gain, 1/sqrt(2).
+    """
+    n = shape.num_layers
+    gain = {"encoder": 0.67 * n**-0.25, "decoder": (9 * n) ** -0.25, "beside": (9 * n) ** -0.25}
+
+    def layer(stack: Stack, number: int) -> LayerInit:
+        return _gained(xavier(shape, cross=stack.part == "beside"), gain[stack.part], scores=math.sqrt(0.5))
+
+    std = (9 * n) ** -0.25
+    made = _model(shape, "t_fixup", layer)
+    return replace(made, token_std=std, position_std=std, logit_scale=shape.hidden_size**-0.5, norms=False)
+
+
+def skip_init(shape: ModelShape, *, initial: float = 0.0) -> ModelInit:
+    """Each branch times a trained scalar that starts at 0 (or at `initial`: 1/sqrt(N) is the other usual start)."""
+    return _scaled(shape, "skip_init", Residual(scale=initial, trained="scale"))
+
+
+def rezero(shape: ModelShape) -> ModelInit:
+    """SkipInit's scalar from 0, and no norm."""
+    return replace(_scaled(shape, "rezero", Residual(scale=0.0, trained="scale")), norms=False)
+
+
+def layerscale(shape: ModelShape, *, initial: float | None = None) -> ModelInit:
+    """Each branch times a trained vector; None: 0.1 up to 18 layers, 1e-5 up to 24, 1e-6 beyond (CaiT)."""
+    n = shape.num_layers
+    by_depth = 0.1 if n <= 18 else 1e-5 if n <= 24 else 1e-6
+    scale = by_depth if initial is None else initial
+    return _scaled(shape, "layerscale", Residual(scale=scale, trained="scale_vector"))
+
+
+def one_over_sqrt_n(shape: ModelShape) -> ModelInit:
+    """Each branch times 1/sqrt(N), fixed (Noci et al. 2022, without their temperature)."""
+    return _scaled(shape, "one_over_sqrt_n", Residual(scale=shape.num_layers**-0.5))
+
+
+METHODS: Mapping[str, Method] = {
+    rule.__name__: rule
+    for rule in (
+        vanilla_xavier, official_xavier, vanilla_bert, vanilla_gpt2, dslm, dslm_simplified, deepnorm, sub_ln, ds_init,
+        admin, t_fixup, skip_init, rezero, layerscale, one_over_sqrt_n,
+    )
+}  # fmt: skip
+
+
+def xavier(shape: ModelShape, *, cross: bool = False, residual: Residual = Residual()) -> LayerInit:
+    """One layer of Xavier's standard deviations."""
+    square = math.sqrt(1 / shape.hidden_size)
+    wide = math.sqrt(2 / (shape.hidden_size + shape.intermediate_size))
+    attention = AttentionInit(square, square, square, square, residual)
+    return LayerInit(attention, FeedForwardInit(wide, wide, residual), attention if cross else None)
+
+
+def _model(shape: ModelShape, method: str, layer: Callable[[Stack, int], LayerInit]) -> ModelInit:
+    """The stacks of `shape`, layer by layer from 1, with embeddings and head of 1/sqrt(d)."""
+
+    def stack(part: Literal["encoder", "decoder", "beside"]) -> tuple[LayerInit, ...]:
+        where = Stack(part, shape.num_layers)
+        return tuple(layer(where, number) for number in range(1, shape.num_layers + 1))
+
+    std = shape.hidden_size**-0.5
+    first, second = (
+        ("encoder", "beside") if shape.kind == "encoder_decoder" else (shape.kind, None)
+    )
+    return ModelInit(method, std, std, stack(first), stack(second) if second else (), head_std=std)
+
+
+def _fixed(shape: ModelShape, method: str, std: float, last: float) -> ModelInit:
+    def layer(stack: Stack, number: int) -> LayerInit:
+        attention = AttentionInit(std, std, std, last)
+        return LayerInit(attention, FeedForwardInit(std, last), attention if stack.part == "beside" else None)
+
+    return replace(_model(shape, method, layer), token_std=std, position_std=std, head_std=std)
+
+
+def _dslm(
+    shape: ModelShape,
+    method: str,
+    *,
+    k: float | scheme.Reading,
+    alpha: float,
+    beta_sq: float | None,
+    corr0: float | None,
+) -> ModelInit:
+    def plan(part: Literal["encoder", "decoder", "beside"]) -> scheme.Plan:
+        share = 2 / 3 if part == "beside" and beta_sq is None else 1.0
+        joined = scheme.beta_squared(shape.num_layers, k=k, alpha=alpha, beta_sq=beta_sq) * share
+        memory = plans["encoder"].final_corr if part == "beside" else None
+        return scheme.plan(shape, causal=part != "encoder", beta_sq=joined, corr0=corr0, memory_corr=memory)
+
+    plans: dict[str, scheme.Plan] = {}
+    for part in ("encoder", "beside") if shape.kind == "encoder_decoder" else (shape.kind,):
+        plans[part] = plan(part)  # type: ignore[arg-type]
+    made = _model(shape, method, lambda stack, number: scheme.layer(shape, plans[stack.part], number))
+    std = scheme.embedding_std(shape.dropout, num_tables=shape.num_tables)
+    scale = scheme.logit_scale(shape.hidden_size, token_std=std)
+    return replace(made, token_std=std, position_std=std, logit_scale=scale)
+
+
+def _scaled(shape: ModelShape, method: str, residual: Residual) -> ModelInit:
+    return _model(
+        shape, method, lambda stack, number: xavier(shape, cross=stack.part == "beside", residual=residual)
+    )
+
+
+def _needs(shape: ModelShape, method: str, placement: str) -> None:
+    if shape.placement != placement:
+        raise ValueError(f"method='{method}' is made for placement={placement}, not {shape.placement}: change one of them")
+
+
+def _attentions(layer: LayerInit, change: Callable[[AttentionInit], AttentionInit]) -> LayerInit:
+    cross = None if layer.cross is None else change(layer.cross)
+    return replace(layer, attention=change(layer.attention), cross=cross)
+
+
+def _joined(layer: LayerInit, residual: Residual) -> LayerInit:
+    joined = _attentions(layer, lambda a: replace(a, residual=residual))
+    return replace(joined, feed_forward=replace(layer.feed_forward, residual=residual))
+
+
+def _gained(layer: LayerInit, gain: float, *, scores: float = 1.0) -> LayerInit:
+    """Values, outputs and feed-forward times `gain`, queries and keys times `scores`."""
+
+    def attention(a: AttentionInit) -> AttentionInit:
+        return replace(a, query=a.query * scores, key=a.key * scores, value=a.value * gain, output=a.output * gain)
+
+    wide = layer.feed_forward
+    made = _attentions(layer, attention)
+    return replace(made, feed_forward=replace(wide, inner=wide.inner * gain, outer=wide.outer * gain))
