@@ -17,15 +17,13 @@ from numpy.typing import ArrayLike
 from scipy.special import erf, expit
 
 from retrace.papers.deepscalelm.correlations import (
-    OFFICIAL_CORR0,
     Array,
     dslm_correlations,
     effective_correlation,
     harmonic,
     relu_kernel,
 )
-from retrace.papers.deepscalelm.scheme import AttentionInit, FeedForwardInit, LayerInit, Residual
-from retrace.papers.deepscalelm.shape import ModelShape
+from retrace.papers.deepscalelm.scheme import AttentionInit, FeedForwardInit, Residual
 
 Reading = Literal["code", "layers2"]
 READINGS: Mapping[Reading, float] = {"code": 1.0, "layers2": 2.0}  # k of the official code, and of other readers
@@ -99,26 +97,28 @@ def zipf_collision(vocab_size: int) -> float:
 
 
 def plan(
-    shape: ModelShape,
+    num_layers: int,
     *,
-    causal: bool,
+    gain: Gain,
     beta_sq: float,
-    corr0: float | None,
+    corr0: float,
+    dropout: float,
+    attention_dropout: float,
+    seq_len: int,
+    causal: bool,
+    finite: bool,
     memory_corr: float | None = None,
-    gain: Gain | None = None,
-    finite: bool = False,
 ) -> Plan:
     """The correlations of one stack, forward (Sections 3.1, 3.6).
 
-    An encoder's attention is taken to pass the correlation itself, as in the official code; a causal one, and an
-    encoder's with `finite`, also what the softmax leaves of single values. `memory_corr`: of what cross-attention
-    reads. `corr0` as in methods.dslm.
+    `finite`: value and output matrices make good not the correlation alone, as in the official code, but also what the
+    softmax over `seq_len` keys leaves of single values; causal attention has it always. `memory_corr`: of what
+    cross-attention reads, None: there is none.
     """
-    seq_len, gain = shape.seq_len, gain or gain_of(shape.activation)
 
     def passed(corr: ArrayLike, *, causal: bool = causal) -> Array:
         return effective_correlation(
-            corr, seq_len=seq_len, score_var=SCORE_VAR, attention_dropout=shape.attention_dropout, causal=causal
+            corr, seq_len=seq_len, score_var=SCORE_VAR, attention_dropout=attention_dropout, causal=causal
         )
 
     def alike(corr: ArrayLike) -> Array:
@@ -126,16 +126,19 @@ def plan(
         r, share = np.asarray(corr), 2 * (seq_len - harmonic(seq_len)) / (seq_len * (seq_len - 1))
         return np.minimum(1.0, (r + (1 - r) * share) / passed(r))
 
-    if corr0 is None:
-        corr0 = zipf_collision(shape.vocab_size) / shape.num_tables if causal else OFFICIAL_CORR0
+    def alike_finite(corr: ArrayLike) -> Array:
+        """The same of an encoder (Section 1.7)."""
+        r = np.asarray(corr)
+        return (r + (1 - r) * np.exp(r * (1 - r) * SCORE_VAR) / seq_len) / passed(r)
+
     list_N1 = dslm_correlations(
-        shape.num_layers + 1,
-        dropout=shape.dropout,
+        num_layers + 1,
+        dropout=dropout,
         beta_sq=beta_sq,
         lambda_sq=1 - beta_sq,
         corr0=corr0,
         kernel=gain.kernel,
-        attention=alike if causal else None,
+        attention=alike if causal else alike_finite if finite else None,
         cross=memory_corr is not None,
     )
     own = passed(list_N1[:-1]) if causal or finite else list_N1[:-1]
@@ -143,24 +146,24 @@ def plan(
     return Plan(beta_sq, own, memory, float(list_N1[-1]))
 
 
-def layer(shape: ModelShape, plan: Plan, number: int) -> LayerInit:
-    """Layer `number`, from 1, of a stack."""
-    joined = residual(plan.beta_sq)
-    cross = None if plan.memory is None else attention(shape, plan.memory, joined)
-    wide = feed_forward(shape, gain_of(shape.activation), joined)
-    return LayerInit(attention(shape, float(plan.own[number - 1]), joined), wide, cross)
+def attention(
+    hidden_size: int, *, passed: float, dropout: float, joined: Residual, output_size: int | None = None
+) -> AttentionInit:
+    """Queries and keys 1/sqrt(d); values and output such that d e var_V var_O passed / (1-p) = 1.
 
-
-def attention(shape: ModelShape, passed: float, joined: Residual) -> AttentionInit:
-    """Queries and keys 1/sqrt(d); values and output such that d^2 var_V var_O passed / (1-p) = 1."""
-    last = math.sqrt(math.sqrt((1 - shape.dropout) / passed) / shape.hidden_size)
-    scores = shape.hidden_size**-0.5
+    e: `output_size`, the columns of the output matrix; None: d.
+    """
+    width = hidden_size * (hidden_size if output_size is None else output_size)
+    last = ((1 - dropout) / (passed * width)) ** 0.25
+    scores = hidden_size**-0.5
     return AttentionInit(scores, scores, last, last, joined)
 
 
-def feed_forward(shape: ModelShape, gain: Gain, joined: Residual) -> FeedForwardInit:
+def feed_forward(
+    hidden_size: int, intermediate_size: int, *, gain: Gain, dropout: float, joined: Residual
+) -> FeedForwardInit:
     """d f var_1 var_2 E[f^2] / (1-p) = 1: in equal parts if the activation is homogeneous, else var_1 = 1/d."""
-    d, f, kept = shape.hidden_size, shape.intermediate_size, 1 - shape.dropout
+    d, f, kept = hidden_size, intermediate_size, 1 - dropout
     if gain.homogeneous:
         std = (kept / (d * f * gain.square)) ** 0.25
         return FeedForwardInit(std, std, joined)
@@ -176,7 +179,7 @@ def gain_of(activation: str) -> Gain:
 
 
 def measured_gain(function: Function, *, gated: bool) -> Gain:
-    """By Gauss-Hermite quadrature on standard normals; `gated`: the hidden layer is f(gate) * up, both of variance one."""
+    """By Gauss-Hermite quadrature on standard normals; `gated`: the layer is f(gate) * up, both of variance one."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(100)
     weights = weights / weights.sum()
     value = function(nodes)

@@ -102,7 +102,7 @@ class FeedForward(nn.Module):
         self.inner_norm = make_norm(shape, wide) if inner_norm else None
         self.outer = nn.Linear(wide, size)
 
-    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+    def forward(self, x_BTD: Tensor, _: Context) -> Tensor:
         wide = activate(self.inner(x_BTD), self.activation)
         return self.outer(wide if self.inner_norm is None else self.inner_norm(wide))
 

@@ -11,23 +11,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from retrace.core.config import suggest
 from retrace.papers.deepscalelm import dslm as scheme
+from retrace.papers.deepscalelm.assemble import Part, assemble, gained, joined_by, parts, with_attentions, xavier
 from retrace.papers.deepscalelm.scheme import AttentionInit, FeedForwardInit, LayerInit, ModelInit, Residual
 from retrace.papers.deepscalelm.shape import ModelShape
 
 Method = Callable[..., ModelInit]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Where a layer stands: in an encoder, a decoder that stands alone, or a decoder beside an encoder."""
-
-    part: Literal["encoder", "decoder", "beside"]
-    depth: int
 
 
 def initialise(shape: ModelShape, method: str, **options: Any) -> ModelInit:
@@ -44,18 +37,18 @@ def initialise(shape: ModelShape, method: str, **options: Any) -> ModelInit:
 
 def vanilla_xavier(shape: ModelShape) -> ModelInit:
     """Xavier everywhere: what "vanilla" means at small width, where 0.02 is nearly the identity (Section 7.1)."""
-    return _model(shape, "vanilla_xavier", lambda stack, number: xavier(shape, cross=stack.part == "beside"))
+    return assemble(shape, "vanilla_xavier", lambda part, _: xavier(shape, cross=part == "beside"))
 
 
 def official_xavier(shape: ModelShape) -> ModelInit:
     """The "Xavier" of the official figures: the head size as fan-out of queries, keys and values (Section 4, tag A)."""
     into = math.sqrt(2 / (shape.hidden_size + shape.head_size))
 
-    def layer(stack: Stack, number: int) -> LayerInit:
-        plain = xavier(shape, cross=stack.part == "beside")
-        return _attentions(plain, lambda a: replace(a, query=into, key=into, value=into))
+    def layer(part: Part, _: int) -> LayerInit:
+        plain = xavier(shape, cross=part == "beside")
+        return with_attentions(plain, lambda a: replace(a, query=into, key=into, value=into))
 
-    return _model(shape, "official_xavier", layer)
+    return assemble(shape, "official_xavier", layer)
 
 
 def vanilla_bert(shape: ModelShape, *, std: float = 0.02) -> ModelInit:
@@ -75,27 +68,32 @@ def dslm(
     alpha: float = 1.0,
     beta_sq: float | None = None,
     corr0: float | None = None,
+    finite: bool | None = None,
 ) -> ModelInit:
     """DeepScaleLM: every branch of unit variance, joined by lambda^2 + beta^2 = 1, beta^2 = k / N^alpha (Section 3).
 
-    `k`: a number, or one of the two readings of the paper, "code" (1) and "layers2" (2). `beta_sq` replaces k / N^alpha.
-    `corr0`: correlation of the summed embeddings before dropout; None: the official 0.221 of an encoder, Zipf's
-    collisions for a decoder. Decoders and other activations than ReLU follow Section 3.6 (tag S); a layer of three
-    branches has 2/3 of the beta^2, so that the sum over the stack is that of a stack of two. Raises ValueError for
-    k >= N, and for any beta^2 outside of (0, 1).
+    `k`: a number, or one of two readings of the paper, "code" (1) and "layers2" (2). `beta_sq` replaces k / N^alpha.
+    `corr0`: correlation of the summed embeddings before dropout; None: what Zipf's tokens give the tables of `shape`.
+    It is 0.221 in the official code, whose encoder also adds a table of segments. `finite`: attention's gain counts
+    what the softmax leaves of single values (dslm.plan); None: unless `corr0` is given to an encoder, as official.
+    Decoders and other activations than ReLU follow Section 3.6 (tag S); a layer of three branches has 2/3 of the
+    beta^2, so that the sum over the stack is that of a stack of two. Raises ValueError for k >= N, and for any beta^2
+    outside of (0, 1).
     """
-    return _dslm(shape, "dslm", k=k, alpha=alpha, beta_sq=beta_sq, corr0=corr0)
+    if finite is None:
+        finite = corr0 is None
+    return _dslm(shape, "dslm", k=k, alpha=alpha, beta_sq=beta_sq, corr0=corr0, finite=finite)
 
 
 def dslm_simplified(
     shape: ModelShape, *, k: float | scheme.Reading = "layers2", alpha: float = 1.0, beta_sq: float | None = None
 ) -> ModelInit:
     """DSLM whose value and output matrices have the feed-forward's variance in every layer (Section 3.5, tag C)."""
-    made = _dslm(shape, "dslm_simplified", k=k, alpha=alpha, beta_sq=beta_sq, corr0=None)
+    made = _dslm(shape, "dslm_simplified", k=k, alpha=alpha, beta_sq=beta_sq, corr0=None, finite=False)
     std = math.sqrt(math.sqrt((1 - shape.dropout) / 2) / shape.hidden_size)
 
     def simple(layer: LayerInit) -> LayerInit:
-        return _attentions(layer, lambda a: replace(a, value=std, output=std))
+        return with_attentions(layer, lambda a: replace(a, value=std, output=std))
 
     return replace(made, layers=tuple(map(simple, made.layers)), decoder_layers=tuple(map(simple, made.decoder_layers)))
 
@@ -112,11 +110,11 @@ def deepnorm(shape: ModelShape) -> ModelInit:
     if shape.kind == "encoder_decoder":
         alpha_b["encoder"] = (0.81 * (n**4 * m) ** 0.0625, 0.87 * (n**4 * m) ** -0.0625)
 
-    def layer(stack: Stack, number: int) -> LayerInit:
-        alpha, gain = alpha_b[stack.part]
-        return _joined(_gained(xavier(shape, cross=stack.part == "beside"), gain), Residual(skip=alpha))
+    def layer(part: Part, _: int) -> LayerInit:
+        alpha, gain = alpha_b[part]
+        return joined_by(gained(xavier(shape, cross=part == "beside"), gain), Residual(skip=alpha))
 
-    return _model(shape, "deepnorm", layer)
+    return assemble(shape, "deepnorm", layer)
 
 
 def sub_ln(shape: ModelShape) -> ModelInit:
@@ -130,11 +128,11 @@ def sub_ln(shape: ModelShape) -> ModelInit:
     if shape.kind == "encoder_decoder":
         gain["encoder"] = math.log(3 * m) * math.log(2 * n) / 3
 
-    def layer(stack: Stack, number: int) -> LayerInit:
-        plain = xavier(shape, cross=stack.part == "beside")
-        return replace(_gained(plain, math.sqrt(gain[stack.part])), cross=plain.cross)
+    def layer(part: Part, _: int) -> LayerInit:
+        plain = xavier(shape, cross=part == "beside")
+        return replace(gained(plain, math.sqrt(gain[part])), cross=plain.cross)
 
-    return replace(_model(shape, "sub_ln", layer), inner_norms=True)
+    return replace(assemble(shape, "sub_ln", layer), inner_norms=True)
 
 
 def ds_init(shape: ModelShape, *, reading: Literal["paper", "code"] = "paper") -> ModelInit:
@@ -143,19 +141,17 @@ def ds_init(shape: ModelShape, *, reading: Literal["paper", "code"] = "paper") -
         raise ValueError(f"reading={reading!r}: expected 'paper' (1/sqrt(l)) or 'code' (l^-1/4)")
     power = {"paper": -0.5, "code": -0.25}[reading]
 
-    def layer(stack: Stack, number: int) -> LayerInit:
-        return _gained(xavier(shape, cross=stack.part == "beside"), number**power, scores=number**power)
+    def layer(part: Part, number: int) -> LayerInit:
+        return gained(xavier(shape, cross=part == "beside"), number**power, scores=number**power)
 
-    return replace(_model(shape, "ds_init", layer), distribution="uniform")
+    return replace(assemble(shape, "ds_init", layer), distribution="uniform")
 
 
 def admin(shape: ModelShape) -> ModelInit:
     """LN(w * x + f(x)): w, a trained vector, is measured when the model is built (Transformer-Clinic). Post-LN only."""
     _needs(shape, "admin", "post")
     residual = Residual(trained="skip_vector", profiled=True)
-    return _model(
-        shape, "admin", lambda stack, number: _joined(xavier(shape, cross=stack.part == "beside"), residual)
-    )
+    return assemble(shape, "admin", lambda part, _: joined_by(xavier(shape, cross=part == "beside"), residual))
 
 
 def t_fixup(shape: ModelShape) -> ModelInit:
@@ -167,11 +163,11 @@ def t_fixup(shape: ModelShape) -> ModelInit:
     n = shape.num_layers
     gain = {"encoder": 0.67 * n**-0.25, "decoder": (9 * n) ** -0.25, "beside": (9 * n) ** -0.25}
 
-    def layer(stack: Stack, number: int) -> LayerInit:
-        return _gained(xavier(shape, cross=stack.part == "beside"), gain[stack.part], scores=math.sqrt(0.5))
+    def layer(part: Part, _: int) -> LayerInit:
+        return gained(xavier(shape, cross=part == "beside"), gain[part], scores=math.sqrt(0.5))
 
     std = (9 * n) ** -0.25
-    made = _model(shape, "t_fixup", layer)
+    made = assemble(shape, "t_fixup", layer)
     return replace(made, token_std=std, position_std=std, logit_scale=shape.hidden_size**-0.5, norms=False)
 
 
@@ -207,34 +203,12 @@ METHODS: Mapping[str, Method] = {
 }  # fmt: skip
 
 
-def xavier(shape: ModelShape, *, cross: bool = False, residual: Residual = Residual()) -> LayerInit:
-    """One layer of Xavier's standard deviations."""
-    square = math.sqrt(1 / shape.hidden_size)
-    wide = math.sqrt(2 / (shape.hidden_size + shape.intermediate_size))
-    attention = AttentionInit(square, square, square, square, residual)
-    return LayerInit(attention, FeedForwardInit(wide, wide, residual), attention if cross else None)
-
-
-def _model(shape: ModelShape, method: str, layer: Callable[[Stack, int], LayerInit]) -> ModelInit:
-    """The stacks of `shape`, layer by layer from 1, with embeddings and head of 1/sqrt(d)."""
-
-    def stack(part: Literal["encoder", "decoder", "beside"]) -> tuple[LayerInit, ...]:
-        where = Stack(part, shape.num_layers)
-        return tuple(layer(where, number) for number in range(1, shape.num_layers + 1))
-
-    std = shape.hidden_size**-0.5
-    first, second = (
-        ("encoder", "beside") if shape.kind == "encoder_decoder" else (shape.kind, None)
-    )
-    return ModelInit(method, std, std, stack(first), stack(second) if second else (), head_std=std)
-
-
 def _fixed(shape: ModelShape, method: str, std: float, last: float) -> ModelInit:
-    def layer(stack: Stack, number: int) -> LayerInit:
+    def layer(part: Part, _: int) -> LayerInit:
         attention = AttentionInit(std, std, std, last)
-        return LayerInit(attention, FeedForwardInit(std, last), attention if stack.part == "beside" else None)
+        return LayerInit(attention, FeedForwardInit(std, last), attention if part == "beside" else None)
 
-    return replace(_model(shape, method, layer), token_std=std, position_std=std, head_std=std)
+    return replace(assemble(shape, method, layer), token_std=std, position_std=std, head_std=std)
 
 
 def _dslm(
@@ -245,49 +219,55 @@ def _dslm(
     alpha: float,
     beta_sq: float | None,
     corr0: float | None,
+    finite: bool,
 ) -> ModelInit:
-    def plan(part: Literal["encoder", "decoder", "beside"]) -> scheme.Plan:
-        share = 2 / 3 if part == "beside" and beta_sq is None else 1.0
-        joined = scheme.beta_squared(shape.num_layers, k=k, alpha=alpha, beta_sq=beta_sq) * share
-        memory = plans["encoder"].final_corr if part == "beside" else None
-        return scheme.plan(shape, causal=part != "encoder", beta_sq=joined, corr0=corr0, memory_corr=memory)
+    gain, size = scheme.gain_of(shape.activation), shape.hidden_size
+    own_corr = scheme.zipf_collision(shape.vocab_size) / shape.num_tables
 
-    plans: dict[str, scheme.Plan] = {}
-    for part in ("encoder", "beside") if shape.kind == "encoder_decoder" else (shape.kind,):
-        plans[part] = plan(part)  # type: ignore[arg-type]
-    made = _model(shape, method, lambda stack, number: scheme.layer(shape, plans[stack.part], number))
+    def plan(part: Part, memory_corr: float | None) -> scheme.Plan:
+        share = 2 / 3 if part == "beside" and beta_sq is None else 1.0
+        return scheme.plan(
+            shape.num_layers,
+            gain=gain,
+            beta_sq=scheme.beta_squared(shape.num_layers, k=k, alpha=alpha, beta_sq=beta_sq) * share,
+            corr0=own_corr if corr0 is None else corr0,
+            dropout=shape.dropout,
+            attention_dropout=shape.attention_dropout,
+            seq_len=shape.seq_len,
+            causal=part != "encoder",
+            finite=finite,
+            memory_corr=memory_corr,
+        )
+
+    first, second = parts(shape)
+    plans = {first: plan(first, None)}
+    if second is not None:
+        plans[second] = plan(second, plans[first].final_corr)
+
+    def layer(part: Part, number: int) -> LayerInit:
+        made = plans[part]
+        joined = scheme.residual(made.beta_sq)
+
+        def attention(passed: float) -> AttentionInit:
+            return scheme.attention(size, passed=passed, dropout=shape.dropout, joined=joined)
+
+        return LayerInit(
+            attention(float(made.own[number - 1])),
+            scheme.feed_forward(size, shape.intermediate_size, gain=gain, dropout=shape.dropout, joined=joined),
+            None if made.memory is None else attention(made.memory),
+        )
+
     std = scheme.embedding_std(shape.dropout, num_tables=shape.num_tables)
-    scale = scheme.logit_scale(shape.hidden_size, token_std=std)
-    return replace(made, token_std=std, position_std=std, logit_scale=scale)
+    scale = scheme.logit_scale(size, token_std=std)
+    return replace(assemble(shape, method, layer), token_std=std, position_std=std, logit_scale=scale)
 
 
 def _scaled(shape: ModelShape, method: str, residual: Residual) -> ModelInit:
-    return _model(
-        shape, method, lambda stack, number: xavier(shape, cross=stack.part == "beside", residual=residual)
-    )
+    return assemble(shape, method, lambda part, _: xavier(shape, cross=part == "beside", residual=residual))
 
 
 def _needs(shape: ModelShape, method: str, placement: str) -> None:
     if shape.placement != placement:
-        raise ValueError(f"method='{method}' is made for placement={placement}, not {shape.placement}: change one of them")
-
-
-def _attentions(layer: LayerInit, change: Callable[[AttentionInit], AttentionInit]) -> LayerInit:
-    cross = None if layer.cross is None else change(layer.cross)
-    return replace(layer, attention=change(layer.attention), cross=cross)
-
-
-def _joined(layer: LayerInit, residual: Residual) -> LayerInit:
-    joined = _attentions(layer, lambda a: replace(a, residual=residual))
-    return replace(joined, feed_forward=replace(layer.feed_forward, residual=residual))
-
-
-def _gained(layer: LayerInit, gain: float, *, scores: float = 1.0) -> LayerInit:
-    """Values, outputs and feed-forward times `gain`, queries and keys times `scores`."""
-
-    def attention(a: AttentionInit) -> AttentionInit:
-        return replace(a, query=a.query * scores, key=a.key * scores, value=a.value * gain, output=a.output * gain)
-
-    wide = layer.feed_forward
-    made = _attentions(layer, attention)
-    return replace(made, feed_forward=replace(wide, inner=wide.inner * gain, outer=wide.outer * gain))
+        raise ValueError(
+            f"method='{method}' is made for placement={placement}, not {shape.placement}: change one of them"
+        )

@@ -9,13 +9,14 @@ that have a label.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retrace.papers.deepscalelm.draws import fill, generator_of
 from retrace.papers.deepscalelm.dropout import dropout
 from retrace.papers.deepscalelm.layers import (
     Attention,
@@ -107,7 +108,7 @@ class Transformer(nn.Module):
     def sub_blocks(self) -> list[SubBlock]:
         """In the order of the computation."""
         stacks = [self.stack] if self.decoder is None else [self.stack, self.decoder]
-        return [block for stack in stacks for layer in stack.layers for block in layer.sub_blocks()]
+        return [block for stack in stacks for layer in stack.layers for block in cast(Layer, layer).sub_blocks()]
 
     def forward(
         self,
@@ -166,15 +167,15 @@ class Transformer(nn.Module):
     def _context(self, x_BTD: Tensor, **rest: Tensor | None) -> Context:
         rope = self.shape.positions == "rope"
         tables = rotation(x_BTD.shape[1], self.shape.head_size, like=x_BTD) if rope else None
-        return Context(rotation=tables, **rest)  # type: ignore[arg-type]
+        return Context(rotation=tables, **rest)
 
 
 def _check(shape: ModelShape, init: ModelInit) -> None:
     expected = (shape.num_layers, shape.num_layers if shape.kind == "encoder_decoder" else 0)
     if (len(init.layers), len(init.decoder_layers)) != expected:
         raise ValueError(
-            f"init of method '{init.method}' has {len(init.layers)} and {len(init.decoder_layers)} layers, and the shape "
-            f"{expected[0]} and {expected[1]}: make it of the same shape"
+            f"init of method '{init.method}' has {len(init.layers)} and {len(init.decoder_layers)} layers, and "
+            f"the shape {expected[0]} and {expected[1]}: make it of the same shape"
         )
 
 
@@ -192,19 +193,9 @@ def draw(model: Transformer, init: ModelInit, *, seed: int) -> None:
     stds = dict(matrix_stds(model, init))
     for name, parameter in model.named_parameters():
         if name in stds:
-            key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
-            table = name.startswith(("tokens", "positions"))
-            _fill(parameter, stds[name], generator, uniform=init.distribution == "uniform" and not table)
-
-
-def _fill(matrix: Tensor, stds: tuple[float, ...], generator: torch.Generator, *, uniform: bool) -> None:
-    """Parts of equal numbers of rows, each with its standard deviation."""
-    for rows, std in zip(matrix.chunk(len(stds)), stds, strict=True):
-        if uniform:
-            rows.uniform_(-(3**0.5) * std, 3**0.5 * std, generator=generator)
-        else:
-            rows.normal_(0, std, generator=generator)
+            generator, table = generator_of(name, seed=seed), name.startswith(("tokens", "positions"))
+            for rows, std in zip(parameter.chunk(len(stds[name])), stds[name], strict=True):
+                fill(rows, std, generator, uniform=init.distribution == "uniform" and not table)
 
 
 def matrix_stds(model: Transformer, init: ModelInit) -> list[tuple[str, tuple[float, ...]]]:
@@ -242,12 +233,13 @@ def profile(model: Transformer, ids_BT: Tensor | None, *, seed: int) -> None:
     if ids_BT is None:
         generator = torch.Generator().manual_seed(seed)
         ids_BT = torch.randint(shape.vocab_size, (8, min(shape.seq_len, 128)), generator=generator)
-    firsts = {stack.layers[0].attention for stack in (model.stack, model.decoder) if stack is not None}
+    firsts = {cast(Layer, stack.layers[0]).attention for stack in (model.stack, model.decoder) if stack is not None}
     total = 1.0  # w^2 of the sub-block that comes next
 
     def before(block: nn.Module, _: object) -> None:
         nonlocal total
-        assert isinstance(block, SubBlock) and block.trained is not None
+        assert isinstance(block, SubBlock)
+        assert block.trained is not None
         total = 1.0 if block in firsts else total
         block.trained.fill_(total**0.5)
 
