@@ -12,10 +12,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from retrace.papers.deepscalelm.components import GradMoments, Moments, ratio
-from retrace.papers.deepscalelm.correlations import Array, check_corr, check_variance, relu_kernel
+from retrace.papers.deepscalelm.correlations import Array, Value, check_corr, check_variance, relu_kernel
 
 Function = Callable[[Array], Array]
 NODES = 64
@@ -53,7 +52,7 @@ def gelu_backward(g: GradMoments, x: Moments) -> GradMoments:
     return GradMoments(g.var * gain, g.corr * ratio(gelu_slope_product(x.var, x.corr), gain))
 
 
-def gelu_product(var: ArrayLike, corr: ArrayLike) -> Array:
+def gelu_product(var: Value, corr: Value) -> Array:
     """E[f(x) f(y)] of GeLU; at corr = 1 the second moment. Section 1.2, tag A."""
     s, r = check_variance(var), check_corr(corr)
     turn = 2 / math.pi * r * np.arcsin(r * s / (1 + s))
@@ -61,7 +60,7 @@ def gelu_product(var: ArrayLike, corr: ArrayLike) -> Array:
     return np.asarray(s / 4 * (r + turn + rest))
 
 
-def gelu_slope_product(var: ArrayLike, corr: ArrayLike) -> Array:
+def gelu_slope_product(var: Value, corr: Value) -> Array:
     """E[f'(x) f'(y)] of GeLU; at corr = 1 the gain of a gradient's variance. Section 1.2, tag A."""
     s, r = check_variance(var), check_corr(corr)
     a, inside = r * s / (1 + s), (s + 1) ** 2 - (r * s) ** 2
@@ -102,14 +101,14 @@ def _nodes(count: int) -> tuple[Array, Array]:
     return nodes, weights / weights.sum()
 
 
-def expect(function: Function, mean: ArrayLike, var: ArrayLike) -> Array:
+def expect(function: Function, mean: Value, var: Value) -> Array:
     """E f(x) of a normal x."""
     z, w = _nodes(NODES)
     m, sd = np.asarray(mean)[..., None], np.sqrt(check_variance(var))[..., None]
     return np.asarray(function(m + sd * z) @ w)
 
 
-def expect_product(function: Function, mean: ArrayLike, var: ArrayLike, corr: ArrayLike) -> Array:
+def expect_product(function: Function, mean: Value, var: Value, corr: Value) -> Array:
     """E[f(x) f(y)] of normals of equal mean and variance and a correlation."""
     z, w = _nodes(NODES)
     m, sd = np.asarray(mean)[..., None], np.sqrt(check_variance(var))[..., None]
@@ -128,16 +127,16 @@ class Hidden(NamedTuple):
     the inner layer, summed over its matrices, times the gradient's own covariance. corr = 1 gives squares.
     """
 
-    mean: Callable[[ArrayLike], Array]
-    product: Callable[[ArrayLike, ArrayLike], Array]
-    slope: Callable[[ArrayLike, ArrayLike], Array]
+    mean: Callable[[Value], Array]
+    product: Callable[[Value, Value], Array]
+    slope: Callable[[Value, Value], Array]
 
 
-def _swiglu_product(var: ArrayLike, corr: ArrayLike) -> Array:
+def _swiglu_product(var: Value, corr: Value) -> Array:
     return np.asarray(expect_product(silu, 0.0, var, corr) * np.multiply(var, corr))
 
 
-def _swiglu_slope(var: ArrayLike, corr: ArrayLike) -> Array:
+def _swiglu_slope(var: Value, corr: Value) -> Array:
     through_gate = expect_product(silu_slope, 0.0, var, corr) * np.multiply(var, corr)
     return np.asarray(through_gate + expect_product(silu, 0.0, var, corr))
 

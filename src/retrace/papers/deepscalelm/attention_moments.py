@@ -1,9 +1,9 @@
-"""Moments through attention, forward and backward: bidirectional, causal and cross, any number of heads. No torch.
+"""Moments through attention, forward and backward: bidirectional, causal and cross. No torch.
 
-Inputs have mean 0. `score_var` S is the variance of the scores before softmax, `gain` the variance that the value matrix
-gives to an input of unit variance (width * its weights' variance). Terms (Section 1.7): values r, their average over
-L keys, and the tilt of the output towards keys of large scores. Backward (Section 1.8) the gradient reaches an input as
-a value, as a query and as a key; the official formula knows only the first.
+Inputs have mean 0. `score_var` S is the variance of the scores before softmax, `gain` the variance that the value
+matrix gives to an input of unit variance (width * its weights' variance). Terms of Section 1.7: what all values share,
+the average of the rest over the keys, and the tilt of the output towards keys of large scores. Backward, Section 1.8,
+the gradient reaches an input as a value, as a query and as a key; the official formula knows only the first.
 """
 
 from __future__ import annotations
@@ -11,16 +11,22 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from retrace.papers.deepscalelm.components import GradMoments, Moments, ratio, warn_softmax
-from retrace.papers.deepscalelm.correlations import Array, check_corr, check_dropout, check_length, check_variance
+from retrace.papers.deepscalelm.correlations import (
+    Array,
+    Value,
+    check_corr,
+    check_dropout,
+    check_length,
+    check_variance,
+)
 from retrace.papers.deepscalelm.softmax_weights import WeightStatistics, exact, lognormal
 
 Weights = Literal["lognormal", "exact"]
 
 
-def score_variance(*, width: int, query_var: ArrayLike, key_var: ArrayLike, var: ArrayLike = 1.0) -> Array:
+def score_variance(*, width: int, query_var: Value, key_var: Value, var: Value = 1.0) -> Array:
     """S of q k / sqrt(head size), for weights of those variances and inputs of variance `var`.
 
     It depends on neither r nor the head size. Scores of one query have correlation r between two keys, of one key r
@@ -34,8 +40,8 @@ def attention(
     *,
     width: int,
     seq_len: int,
-    score_var: ArrayLike,
-    gain: ArrayLike = 1.0,
+    score_var: Value,
+    gain: Value = 1.0,
     attention_dropout: float = 0.0,
     causal: bool = False,
     weights: Weights | None = None,
@@ -47,7 +53,7 @@ def attention(
     latter, derived here (tag B: within 2 % of simulation at S = 1; Section 1.9's bound is 5 to 8 % high).
     """
     r, s, _ = _checked(x, seq_len, score_var, attention_dropout)
-    found = _weights(r, s, seq_len, causal, weights)
+    found = _weights((1 - r) * s, r * (1 - r) * s, weights, num_keys=seq_len, causal=causal)
     return forward_moments(x.var, r, r, s, found, width=width, gain=gain, attention_dropout=attention_dropout)
 
 
@@ -57,8 +63,8 @@ def attention_backward(
     *,
     width: int,
     seq_len: int,
-    score_var: ArrayLike,
-    gain: ArrayLike = 1.0,
+    score_var: Value,
+    gain: Value = 1.0,
     attention_dropout: float = 0.0,
     causal: bool = False,
     weights: Weights | None = None,
@@ -70,13 +76,13 @@ def attention_backward(
     in their scores' covariance: 20 % high at S = 4, r = 0.3. Position j gets far more than the mean for small j.
     """
     r, s, _ = _checked(x, seq_len, score_var, attention_dropout)
-    found = _weights(r, s, seq_len, causal, weights)
+    found = _weights((1 - r) * s, r * (1 - r) * s, weights, num_keys=seq_len, causal=causal)
     return backward_moments(g, r, s, found, width=width, seq_len=seq_len, gain=gain,
                             attention_dropout=attention_dropout, closed=not causal and weights != "exact")  # fmt: skip
 
 
 def attention_backward_official(
-    g: GradMoments, *, seq_len: int, gain: ArrayLike = 1.0, attention_dropout: float = 0.0
+    g: GradMoments, *, seq_len: int, gain: Value = 1.0, attention_dropout: float = 0.0
 ) -> GradMoments:
     """The official code's formula: the value path alone. Section 1.8, tag A; right only for S far below 0.1.
 
@@ -95,15 +101,15 @@ def cross_attention(
     *,
     width: int,
     num_keys: int,
-    score_var: ArrayLike,
-    gain: ArrayLike = 1.0,
+    score_var: Value,
+    gain: Value = 1.0,
     attention_dropout: float = 0.0,
+    weights: Weights | None = None,
 ) -> Moments:
-    """Queries from `x`, keys and values from `memory` of `num_keys` positions. Section 1.10, tag B; (1-r) S up to 1."""
+    """Queries from `x`, keys and values from `memory` of `num_keys` positions. Section 1.10, tag B."""
     r, s, _ = _checked(memory, num_keys, score_var, attention_dropout)
-    warn_softmax((1 - r) * s)
     r_x = check_corr(x.corr)
-    found = lognormal((1 - r) * s, r_x * (1 - r) * s, num_keys=num_keys)
+    found = _weights((1 - r) * s, r_x * (1 - r) * s, weights, num_keys=num_keys)
     return forward_moments(memory.var, r, r_x, s, found, width=width, gain=gain, attention_dropout=attention_dropout)
 
 
@@ -115,18 +121,18 @@ def cross_attention_backward(
     width: int,
     num_queries: int,
     num_keys: int,
-    score_var: ArrayLike,
-    gain: ArrayLike = 1.0,
+    score_var: Value,
+    gain: Value = 1.0,
     attention_dropout: float = 0.0,
+    weights: Weights | None = None,
 ) -> tuple[GradMoments, GradMoments]:
-    """Gradients at `x` and at `memory`. Section 1.10, tag B: within 2.5 %, at `x` 10 % for 64 keys; (1-r) S up to 1.
+    """Gradients at `x` and at `memory`. Section 1.10, tag B: within 2.5 %, at `x` 10 % for 64 keys.
 
     The gradient at `x` scales with var(memory) / var(x): it flows through the query alone.
     """
     r, s, kept = _checked(memory, num_keys, score_var, attention_dropout)
-    warn_softmax((1 - r) * s)
     r_x, tau = check_corr(x.corr, seq_len=num_queries), 1 - r
-    found = lognormal(tau * s, r_x * tau * s, num_keys=num_keys, num_queries=num_queries)
+    found = _weights(tau * s, r_x * tau * s, weights, num_keys=num_keys, num_queries=num_queries)
     base, noise = np.multiply(gain, g.var), _noise(found, tau, kept)
     tilt = tau**2 * s / width
     at_x = tilt + tau * s * noise
@@ -140,14 +146,14 @@ def cross_attention_backward(
 
 
 def forward_moments(
-    var: ArrayLike,
-    corr: ArrayLike,
-    query_corr: ArrayLike,
-    score_var: ArrayLike,
+    var: Value,
+    corr: Value,
+    query_corr: Value,
+    score_var: Value,
     found: WeightStatistics,
     *,
     width: int,
-    gain: ArrayLike,
+    gain: Value,
     attention_dropout: float,
 ) -> Moments:
     """The formula behind `attention` and `cross_attention`, on unit gain: values of `corr`, queries of `query_corr`."""
@@ -159,13 +165,13 @@ def forward_moments(
 
 def backward_moments(
     g: GradMoments,
-    corr: ArrayLike,
-    score_var: ArrayLike,
+    corr: Value,
+    score_var: Value,
     found: WeightStatistics,
     *,
     width: int,
     seq_len: int,
-    gain: ArrayLike,
+    gain: Value,
     attention_dropout: float,
     closed: bool,
 ) -> GradMoments:
@@ -186,24 +192,31 @@ def backward_moments(
     return GradMoments(np.multiply(gain, g.var) * total, ratio(cov + r_g * tilt, total))
 
 
-def _noise(found: WeightStatistics, tau: ArrayLike, kept: float) -> Array:
+def _noise(found: WeightStatistics, tau: Value, kept: float) -> Array:
     """What finite length and dropout of weights add to the query and key paths: e m / L of Section 1.8."""
     return np.asarray(found.jacobian * tau + found.square * (1 - kept) / kept)
 
 
-def _weights(r: Array, s: Array, seq_len: int, causal: bool, weights: Weights | None) -> WeightStatistics:
-    spread = (1 - r) * s
+def _weights(
+    spread: Value,
+    cross: Value,
+    weights: Weights | None,
+    *,
+    num_keys: int,
+    num_queries: int | None = None,
+    causal: bool = False,
+) -> WeightStatistics:
     if causal and weights == "lognormal":
         raise ValueError(
             "weights='lognormal': causal attention has contexts of every length; use 'exact' or leave it out"
         )
     if causal or weights == "exact":
-        return exact(spread, r * spread, seq_len=seq_len, causal=causal)
+        return exact(spread, cross, num_keys=num_keys, num_queries=num_queries, causal=causal)
     warn_softmax(spread)
-    return lognormal(spread, r * spread, num_keys=seq_len)
+    return lognormal(spread, cross, num_keys=num_keys, num_queries=num_queries)
 
 
-def _checked(x: Moments, seq_len: int, score_var: ArrayLike, attention_dropout: float) -> tuple[Array, Array, float]:
+def _checked(x: Moments, seq_len: int, score_var: Value, attention_dropout: float) -> tuple[Array, Array, float]:
     """Correlation, score variance and kept share; raises ValueError for what the formulas do not describe."""
     if not np.allclose(x.mean, 0.0):
         raise ValueError(f"mean={x.mean}: the moments of attention are of inputs of mean 0; expected a normed input")

@@ -12,9 +12,15 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from retrace.papers.deepscalelm.correlations import Array, check_corr, check_dropout, check_length, check_variance
+from retrace.papers.deepscalelm.correlations import (
+    Array,
+    Value,
+    check_corr,
+    check_dropout,
+    check_length,
+    check_variance,
+)
 
 SOFTMAX_LIMIT = 1.0  # of (1-r) S, up to which log-normal sums are good: see `warn_softmax`
 
@@ -23,9 +29,9 @@ SOFTMAX_LIMIT = 1.0  # of (1-r) S, up to which log-normal sums are good: see `wa
 class Moments:
     """Mean, variance and correlation along the sequence of an activation."""
 
-    mean: ArrayLike
-    var: ArrayLike
-    corr: ArrayLike
+    mean: Value
+    var: Value
+    corr: Value
 
     def __post_init__(self) -> None:
         check_variance(self.var)
@@ -41,8 +47,8 @@ class Moments:
 class GradMoments:
     """Variance and correlation along the sequence of a gradient; its mean is 0."""
 
-    var: ArrayLike
-    corr: ArrayLike
+    var: Value
+    corr: Value
 
     def __post_init__(self) -> None:
         check_variance(self.var, name="gradient var")
@@ -54,20 +60,20 @@ class GradMoments:
         return np.multiply(self.corr, self.var)
 
 
-def ratio(cov: ArrayLike, var: ArrayLike) -> Array:
+def ratio(cov: Value, var: Value) -> Array:
     """cov / var; 0 where nothing varies."""
     over, under = np.broadcast_arrays(np.asarray(cov, dtype=np.float64), np.asarray(var, dtype=np.float64))
     return np.clip(np.divide(over, under, out=np.zeros(under.shape), where=under > 0), -1.0, 1.0)
 
 
-def linear(x: Moments, *, fan_in: int, weight_var: ArrayLike) -> Moments:
+def linear(x: Moments, *, fan_in: int, weight_var: Value) -> Moments:
     """y = x W, W of shape [fan_in, ...]. Exact; Section 1.1, tag A."""
     gain = fan_in * check_variance(weight_var, name="weight_var")
     mean_sq = np.square(x.mean)
     return Moments(0.0, gain * (x.var + mean_sq), ratio(x.cov + mean_sq, x.var + mean_sq))
 
 
-def linear_backward(g: GradMoments, *, fan_out: int, weight_var: ArrayLike) -> GradMoments:
+def linear_backward(g: GradMoments, *, fan_out: int, weight_var: Value) -> GradMoments:
     """Gradient through W of shape [..., fan_out]. Exact; Section 1.1, tag A."""
     return GradMoments(fan_out * check_variance(weight_var, name="weight_var") * g.var, g.corr)
 
@@ -117,14 +123,14 @@ def rms_norm_backward(g: GradMoments, x: Moments, *, width: int) -> GradMoments:
     return GradMoments(np.asarray(g.var) / power * (1 + (spread - 1) / width), g.corr)
 
 
-def _check_norm(power: ArrayLike, width: int) -> None:
+def _check_norm(power: Value, width: int) -> None:
     if width < 4:
         raise ValueError(f"width={width}: expected at least 4 features under a norm; its gradient is unbounded below")
     if not np.all(np.asarray(power) > 0):
         raise ValueError("var=0: a norm divides by it; expected an input that varies")
 
 
-def residual(x: Moments, branch: Moments, *, skip: ArrayLike = 1.0, scale: ArrayLike = 1.0) -> Moments:
+def residual(x: Moments, branch: Moments, *, skip: Value = 1.0, scale: Value = 1.0) -> Moments:
     """skip * x + scale * branch, uncorrelated, as they are at initialisation and not after. Section 1.1, tag B."""
     a, b = np.square(skip), np.square(scale)
     var = a * x.var + b * branch.var
@@ -133,7 +139,7 @@ def residual(x: Moments, branch: Moments, *, skip: ArrayLike = 1.0, scale: Array
 
 
 def residual_backward(
-    g: GradMoments, through_branch: GradMoments, *, skip: ArrayLike = 1.0, scale: ArrayLike = 1.0
+    g: GradMoments, through_branch: GradMoments, *, skip: Value = 1.0, scale: Value = 1.0
 ) -> GradMoments:
     """The gradient at the input: `g` on the skip, and what the branch alone, unscaled, makes of it. Section 1.1, B."""
     a, b = np.square(skip), np.square(scale)
@@ -141,7 +147,7 @@ def residual_backward(
     return GradMoments(var, ratio(a * g.cov + b * through_branch.cov, var))
 
 
-def softmax(var: ArrayLike, corr: ArrayLike, *, num_logits: int, full: bool = False) -> Moments:
+def softmax(var: Value, corr: Value, *, num_logits: int, full: bool = False) -> Moments:
     """Softmax over normal logits of a variance and an equal correlation among them.
 
     `full` keeps what is of the order of 1/num_logits. Section 1.5, tag A, for (1-corr) var up to about 1: beyond it
@@ -152,9 +158,7 @@ def softmax(var: ArrayLike, corr: ArrayLike, *, num_logits: int, full: bool = Fa
     return Moments(1 / length, found, np.full_like(found, -1 / (length - 1)))
 
 
-def softmax_backward(
-    g: GradMoments, var: ArrayLike, corr: ArrayLike, *, num_logits: int, full: bool = False
-) -> GradMoments:
+def softmax_backward(g: GradMoments, var: Value, corr: Value, *, num_logits: int, full: bool = False) -> GradMoments:
     """Gradient of independent entries through softmax (as `softmax`). Section 1.5, tag A."""
     length, spread = _softmax_spread(var, corr, num_logits)
     gain = _full_variance(spread, length) + 1 / length**2 if full else np.exp(spread) / length**2
@@ -166,20 +170,20 @@ def _full_variance(spread: Array, length: int) -> Array:
     return np.asarray((e - 1) * e**2 / ((length - 1) * np.exp(spread) + 1) ** 2)
 
 
-def _softmax_spread(var: ArrayLike, corr: ArrayLike, num_logits: int) -> tuple[int, Array]:
+def _softmax_spread(var: Value, corr: Value, num_logits: int) -> tuple[int, Array]:
     length = check_length(num_logits, name="num_logits")
     spread = np.asarray((1 - check_corr(corr, seq_len=length)) * check_variance(var))
     warn_softmax(spread)
     return length, spread
 
 
-def warn_softmax(spread: ArrayLike) -> None:
+def warn_softmax(spread: Value) -> None:
     """Warn where the variance of the logits around their common part is beyond what a log-normal sum describes."""
     most = float(np.max(spread, initial=0.0))
     if most > SOFTMAX_LIMIT * (1 + 1e-9):
         warnings.warn(
-            f"softmax: (1-r) S = {most:.3g} is beyond {SOFTMAX_LIMIT:g}, up to which this approximation is good to 3 %: "
-            "measured at 512 logits it is off by 7 % at 1.35, 35 % at 2.25 and 140 % at 4; use weights='exact' where "
-            "offered",
+            f"softmax: (1-r) S = {most:.3g} is beyond {SOFTMAX_LIMIT:g}, up to which this formula is good to 3 %: "
+            "measured at 512 logits it is off by 7 % at 1.35, 35 % at 2.25 and 140 % at 4; use weights='exact' "
+            "where offered",
             stacklevel=3,
         )

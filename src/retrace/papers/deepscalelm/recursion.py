@@ -126,7 +126,7 @@ class _Walk:
                 yield f"{prefix}{number}.cross", cross.residual, partial(self.look, init=cross, memory=memory)
             yield f"{prefix}{number}.feed_forward", wide.residual, partial(self.feed_forward, init=wide)
 
-    def attend(self, x: Moments, *, init: AttentionInit, *, causal: bool) -> tuple[Moments, Backward]:
+    def attend(self, x: Moments, *, init: AttentionInit, causal: bool) -> tuple[Moments, Backward]:
         options = self.options(init, float(x.var), float(x.corr), causal=causal) | {"seq_len": self.shape.seq_len}
         options["causal"] = causal
         out, last = self.last(attention(x, **options), init.output, self.shape.hidden_size)

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from retrace.papers.deepscalelm.correlations import Array
+from retrace.papers.deepscalelm.correlations import Array, Value
 
 MAX_SPREAD = 64.0  # beyond it softmax picks one key, and more changes little
 DEGREE = 18  # of the polynomial in log(1 + spread) that stands for the integrals: error below 1e-4
@@ -36,10 +35,8 @@ class WeightStatistics:
     shared_jacobian: Array  # the same of (P_i P_k)_jj
 
 
-def lognormal(
-    spread: ArrayLike, cross: ArrayLike, *, num_keys: int, num_queries: int | None = None
-) -> WeightStatistics:
-    """Closed forms of Sections 1.7, 1.8 and 1.10: each of `num_queries` (default: as many) sees all keys.
+def lognormal(spread: Value, cross: Value, *, num_keys: int, num_queries: int | None = None) -> WeightStatistics:
+    """Closed forms of Sections 1.7, 1.8 and, with `num_queries`, 1.10: every query sees all keys.
 
     `cross` is r (1-r) S, the covariance of two queries' scores of one key, around what keys share.
     """
@@ -48,21 +45,27 @@ def lognormal(
     return WeightStatistics(e / num_keys, e / num_keys, np.ones_like(e), c / num_keys, shared, shared)
 
 
-def exact(spread: ArrayLike, cross: ArrayLike, *, seq_len: int, causal: bool) -> WeightStatistics:
-    """Integrals, for self-attention: query i sees keys 1..i if `causal`, else all. Bidirectional as `lognormal` else."""
+def exact(
+    spread: Value, cross: Value, *, num_keys: int, num_queries: int | None = None, causal: bool = False
+) -> WeightStatistics:
+    """Integrals: `num_queries` (default: as many) see all keys; if `causal`, query i sees keys 1..i.
+
+    A spread beyond MAX_SPREAD counts as MAX_SPREAD.
+    """
+    assert not causal or num_queries in (None, num_keys)
     s = np.clip(spread, 0.0, MAX_SPREAD)
-    square, jacobian, trace = (np.exp(_at(fit, s)) for fit in _fits(seq_len, causal))
+    square, jacobian, trace = (np.exp(_at(fit, s)) for fit in _fits(num_keys, causal))
     if not causal:
-        c = np.exp(np.multiply(cross, 1 - 1 / seq_len))
-        shared, centred = c * (seq_len - 1) / seq_len, c * ((seq_len - 1) / seq_len) ** 2
-        return WeightStatistics(square, jacobian, trace, c / seq_len, shared, centred)
+        c, queries = np.exp(np.multiply(cross, 1 - 1 / num_keys)), num_queries or num_keys
+        shared = c * queries / num_keys * (queries - 1) / num_keys
+        return WeightStatistics(square, jacobian, trace, c / num_keys, shared, shared * (1 - 1 / num_keys))
     # E[w_ij w_kj] summed over j is e^(cross (1 - 1/i)) / k for i < k, to first order in the scores' covariance.
-    i = np.arange(1, seq_len + 1)
+    i = np.arange(1, num_keys + 1)
     later = np.append(np.cumsum((1 / i)[::-1])[::-1][1:], 0.0)  # sum over k > i of 1/k
     grown = np.exp(np.multiply.outer(np.asarray(cross, dtype=np.float64), 1 - 1 / i))
-    shared = 2 / seq_len * grown @ later
-    centred = 2 / seq_len * grown @ (later * (1 - 1 / i))
-    return WeightStatistics(square, jacobian, trace, shared / (seq_len - 1), shared, centred)
+    shared = 2 / num_keys * grown @ later
+    centred = 2 / num_keys * grown @ (later * (1 - 1 / i))
+    return WeightStatistics(square, jacobian, trace, shared / (num_keys - 1), shared, centred)
 
 
 def _at(coefficients: Array, spread: Array) -> Array:
@@ -71,11 +74,11 @@ def _at(coefficients: Array, spread: Array) -> Array:
 
 
 @lru_cache(maxsize=64)
-def _fits(seq_len: int, causal: bool) -> tuple[Array, Array, Array]:
+def _fits(num_keys: int, causal: bool) -> tuple[Array, Array, Array]:
     """Polynomials for the logarithms of `square`, `jacobian` and `trace`."""
     nodes = np.polynomial.chebyshev.chebpts1(DEGREE + 1)
     spreads = np.expm1((nodes + 1) / 2 * math.log1p(MAX_SPREAD))
-    values = np.log([_integrate(float(s), seq_len, causal) for s in spreads])
+    values = np.log([_integrate(float(s), num_keys, causal) for s in spreads])
     first, second, third = np.polynomial.chebyshev.chebfit(nodes, values, DEGREE).T
     return first, second, third
 
