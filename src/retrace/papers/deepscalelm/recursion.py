@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import sqrt
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +86,7 @@ class _Walk:
     shape: ModelShape
     init: ModelInit
     weights: Weights | None
+    finite_width: bool
     notes: dict[str, None] = field(default_factory=dict)
 
     @property
@@ -192,14 +193,20 @@ class _Walk:
     def back(self, blocks: Sequence[_SubBlock], top: GradMoments) -> tuple[list[GradMoments], GradMoments]:
         """Gradients at each place of a stack, embeddings first, and at the memory its cross-attentions read."""
         g, found, at_memory = top, [top], GradMoments(0.0, 0.0)
+        width, lost = self.shape.hidden_size, 2.0  # directions of `width` that a norm takes from the gradient behind it
         for block in reversed(blocks):
+            branch = block.branch_var / float(block.joined.var)
             if self.post:
-                g = GradMoments(g.var / block.joined.var, g.corr)
+                more = 4 * branch * (1 - branch) + 2 * branch**2 - lost if self.finite_width else 0.0
+                g = GradMoments(g.var / block.joined.var * (1 + more / width), g.corr)
             through, aside = block.backward(g)
             through = GradMoments(through.var / block.divisor, through.corr)
             if aside is not None:
                 at_memory = residual_backward(at_memory, aside, scale=block.scale)
+            skipped = block.skip**2 * float(g.var)
             g = residual_backward(g, through, skip=block.skip, scale=block.scale)
+            share = skipped / float(g.var) if float(g.var) else 1.0
+            lost = share * branch + (1 - share) * 2
             found.append(g)
         return found[::-1], at_memory
 
@@ -213,16 +220,19 @@ def profile(
     *,
     inputs: Moments | None = None,
     top_corr: float = 0.0,
-    weights: Literal["lognormal", "exact"] | None = None,
+    weights: Weights | None = None,
+    finite_width: bool = True,
 ) -> Profile:
     """Predicted moments of a model: Sections 2.1 to 2.3, tag B; median error <= 6 % per sub-block in Section 2.4.
 
     `inputs`: moments behind the embeddings' dropout (of both stacks); default: `input_moments`. `top_corr`: correlation
     of the gradient that enters at the top; a loss on every position has some. `weights`: how softmax is averaged in
-    bidirectional attention; default: the spec's closed form, and integrals where (1-r) S > 1. An encoder beside a
-    decoder gets the gradient of all cross-attentions.
+    bidirectional attention; default: the spec's closed form, and integrals where (1-r) S > 1. `finite_width`: Post-LN
+    gradients with their terms in 1/hidden_size (derived here, tag B): a token's norm wanders around its mean, and the
+    norm behind it takes the gradient along the token; without, the spec's recursion. An encoder beside a decoder gets
+    the gradient of all cross-attentions.
     """
-    walk = _Walk(shape, init, weights)
+    walk = _Walk(shape, init, weights, finite_width)
     start = input_moments(shape, init) if inputs is None else inputs
     beside = shape.kind == "encoder_decoder"
     first = walk.stack(start, init.layers, "encoder." if beside else "", causal=shape.kind == "decoder")
