@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+Value = float | Array
 OFFICIAL_CORR0 = 0.221  # of BERT's summed embeddings before dropout, hard-coded in the official code (Section 1.4)
 
 
