@@ -88,9 +88,7 @@ class SpectrogramInput(Frozen):
     frames_per_step: int = Field(ge=1)  # frames stacked into one position of the model
 
 
-Input = Annotated[
-    CorrelatedInput | ZipfInput | ImageInput | SpectrogramInput, Field(discriminator="kind")
-]
+Input = Annotated[CorrelatedInput | ZipfInput | ImageInput | SpectrogramInput, Field(discriminator="kind")]
 
 
 class Moments(Frozen):
@@ -111,7 +109,9 @@ class Training(Frozen):
 
     objective: Objective
     learning_rates: tuple[float, ...] = Field(min_length=1)  # from low to high
-    num_windows: int = Field(ge=1)  # different windows of `seq_len` tokens; they are repeated, in another order each time
+    num_windows: int = Field(
+        ge=1
+    )  # different windows of `seq_len` tokens; they are repeated, in another order each time
     num_heldout: int = Field(ge=1)  # windows of validation text, and as many of test text
     optim: Optim  # its learning_rate is replaced by each of `learning_rates`
 
@@ -178,8 +178,8 @@ class DeepScaleLMConfig(Experiment):
             raise ValueError(f"model.seq_len={length}: images have a square number of patches, such as 64")
         if kind != "zipf" and self.model.kind == "encoder_decoder":
             raise ValueError(f"moments.input.kind={kind}: an encoder-decoder reads tokens; use kind zipf")
-        if self.method.corr0 == "measured" and kind not in ("images", "spectrograms"):
-            raise ValueError(f"method.corr0=measured: expected input of images or spectrograms, and it is {kind}")
+        if self.method.corr0 == "measured" and kind == "zipf":
+            raise ValueError("method.corr0=measured: of tokens by Zipf's law the method knows it; use assumed")
         return self
 
     @model_validator(mode="after")
@@ -193,8 +193,8 @@ class DeepScaleLMConfig(Experiment):
         procedural = self.transfer.questions.kind == "procedural"
         if self.asks == "transfer" and procedural != isinstance(self.corpus, ProceduralText):
             raise ValueError(
-                f"transfer.questions.kind={self.transfer.questions.kind} with corpus.kind={self.corpus.kind}: questions "
-                "are in the words of the corpus; procedural goes with procedural, commonsense_qa with text"
+                f"transfer.questions.kind={self.transfer.questions.kind}, corpus.kind={self.corpus.kind}: questions are "
+                "in the words of the corpus; procedural goes with procedural, commonsense_qa with text"
             )
         if self.asks == "transfer" and self.model.kind == "encoder_decoder":
             raise ValueError("model.kind=encoder_decoder with asks=transfer: choose encoder or decoder")
@@ -261,5 +261,3 @@ class FinetuneConfig(Frozen):
     transfer: Transfer
     files: dict[str, str]
     seed: int
-
-

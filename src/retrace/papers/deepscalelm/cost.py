@@ -1,7 +1,7 @@
 """What each program costs, from its config: FLOPs of the matrix products, forward and backward; no torch.
 
-The backward pass is twice the forward. Logits are made where something is predicted: at the masked tokens of an encoder,
-at every token of the others.
+The backward pass is twice the forward. Logits are made where something is predicted: at the masked tokens of an
+encoder, at every token of the others.
 """
 
 from __future__ import annotations

@@ -25,17 +25,21 @@ from retrace.papers.deepscalelm.variants import make
 Array = NDArray[np.float64]
 POINTS = 40  # of a curve in the record
 DIGITS = 4
+LEVEL = 0.3  # deviation of a logarithm below which a profile counts as level
 
 
-def moments_at_start(config: MeasureConfig) -> tuple[dict[str, float], dict[str, Any]]:
-    """(metrics, profiles): one forward and one backward pass in training mode, of a top gradient that is white noise."""
+def moments_at_start(config: MeasureConfig, *, device: str = "cpu") -> tuple[dict[str, float], dict[str, Any]]:
+    """(metrics, profiles): one forward and one backward pass in training mode, from a top gradient of white noise."""
     shape, asked = config.model, config.moments
     found = None
     if not isinstance(asked.input, CorrelatedInput | ZipfInput):
         found = features(asked.input, num_sequences=asked.num_sequences, length=shape.seq_len, seed=config.seed)
-    plain = make(shape, config.method)
-    init = plain if found is None else make(shape, config.method, corr0=summed_corr(plain, shape, found))
-    model = Transformer(shape, init, seed=config.seed).train()
+    init = make(shape, config.method)
+    if isinstance(asked.input, CorrelatedInput):
+        init = make(shape, config.method, corr0=asked.input.corr / (1 - shape.dropout))
+    elif found is not None:
+        init = make(shape, config.method, corr0=summed_corr(init, shape, found))
+    model = Transformer(shape, init, seed=config.seed).to(device).train()
     measured = _measure(model, config, found)
     predicted = profile(shape, init, inputs=_input_moments(config, init, found))
     return _compare(shape, measured, predicted, inputs=found)
@@ -65,11 +69,9 @@ def _measure(model: Transformer, config: MeasureConfig, found: Features | None) 
     asked = config.moments
     with measure(model) as seen:
         handles = [p.register_post_accumulate_grad_hook(_forget) for p in model.parameters()]
-        hidden_BTD = forward(
-            model, asked.input, num_sequences=asked.num_sequences, seed=config.seed, found=found
-        )
+        hidden_BTD = forward(model, asked.input, num_sequences=asked.num_sequences, seed=config.seed, found=found)
         noise = generator(config.seed, "top gradient")
-        hidden_BTD.backward(torch.randn(hidden_BTD.shape, generator=noise))
+        hidden_BTD.backward(torch.randn(hidden_BTD.shape, generator=noise).to(hidden_BTD.device))
         for handle in handles:
             handle.remove()
     return seen.moments()
@@ -95,6 +97,7 @@ def _compare(
         "moments/var_last": float(var[-1]),
         "moments/var_min": float(np.nanmin(var[1:])),
         "moments/var_max": float(np.nanmax(var[1:])),
+        "moments/var_decades": _decades(var[1:]),
         "moments/var_per_layer": float((var[-1] - var[1]) / max(1, shape.num_layers)),
         "moments/corr_last": float(stream.corr[-1]),
         "moments/log10_grad_bottom": float(np.log10(grad[2])),
@@ -104,7 +107,7 @@ def _compare(
         "theory/var_error": _error(var[1:], predicted.var[1:]),
         "theory/corr_error": _error(stream.corr[1:], predicted.corr[1:]),
         "theory/grad_error": _error(grad[1:-1], theory_grad[1:-1]),
-        "theory/log_grad_slope_error": abs(_slope(grad) / _slope(theory_grad) - 1),
+        "theory/log10_grad_bottom_error": abs(float(np.log10(grad[2] / theory_grad[2]))),
         "theory/log_var_r2": _r_squared(np.log(var[1:]), np.log(predicted.var[1:])),
     }
     if inputs is not None:
@@ -135,17 +138,13 @@ def _error(measured: Array, predicted: Array) -> float:
     return float(np.nanmedian(np.abs(predicted / measured - 1)))
 
 
-def _slope(grad: Array) -> float:
-    """Of the logarithm over sub-blocks, by least squares over the lower three quarters, below what the top disturbs."""
-    used = np.log(grad[: max(3, 3 * len(grad) // 4)])
-    return float(np.polyfit(np.arange(len(used)), used, 1)[0])
-
-
 def _r_squared(measured: Array, predicted: Array) -> float:
-    """Share of the variation that the prediction explains; nothing to explain is no number."""
+    """Share of the variation that the prediction explains; NaN where there is next to nothing to explain."""
     kept = np.isfinite(measured) & np.isfinite(predicted)
-    spread = float(np.square(measured[kept] - measured[kept].mean()).sum())
-    return 1 - float(np.square(measured[kept] - predicted[kept]).sum()) / spread if spread > 0 else math.nan
+    spread = np.square(measured[kept] - measured[kept].mean())
+    if spread.mean() < LEVEL**2:
+        return math.nan
+    return 1 - float(np.square(measured[kept] - predicted[kept]).sum() / spread.sum())
 
 
 def _profile(measured: Array, predicted: Array | None, *, log: bool) -> Mapping[str, Any]:
@@ -154,7 +153,7 @@ def _profile(measured: Array, predicted: Array | None, *, log: bool) -> Mapping[
 
     def curve(values: Array) -> list[list[float]]:
         last = max(1, len(values) - 1)
-        return [[round(i / last, DIGITS), _short(values[i])] for i in places if math.isfinite(values[i])]
+        return [[round(int(i) / last, DIGITS), _short(values[i])] for i in places if math.isfinite(values[i])]
 
     return {"log": log, "measured": curve(measured), "predicted": [] if predicted is None else curve(predicted)}
 

@@ -76,7 +76,7 @@ def images(count: int, *, size: int, rng: torch.Generator) -> Tensor:
 
 
 def spectrograms(count: int, *, bands: int, frames: int, rng: torch.Generator) -> Tensor:
-    """Log spectrograms (count, frames, bands): harmonics of a gliding pitch that swells and fades, over falling noise."""
+    """Log spectrograms (count, frames, bands): harmonics of a gliding pitch that swells and fades, over noise."""
     time, band = torch.linspace(0, 1, frames)[:, None, None], torch.linspace(0, 1, bands)[None, :, None]
     start, glide, phase, speed = torch.rand(4, count, 1, 1, 1, generator=rng)
     pitch = 0.06 + 0.06 * start + 0.04 * (glide - 0.5) * time
@@ -108,18 +108,18 @@ def forward(model: Transformer, given: Input, *, num_sequences: int, seed: int, 
     Gaussian input stands in for the embeddings after their dropout. A front end is a linear layer that gives each
     position the variance of a row of the token table.
     """
-    shape = model.shape
+    shape, device = model.shape, model.tokens.weight.device
     if isinstance(given, CorrelatedInput):
         x_BTD = correlated(given.corr, shape=shape, num_sequences=num_sequences, seed=seed)
-        hidden: Tensor = model.stack(x_BTD, Context())
+        hidden: Tensor = model.stack(x_BTD.to(device), Context())
         return hidden
     if isinstance(given, ZipfInput):
-        ids_BT = zipf_tokens(given, shape, num_sequences=num_sequences, seed=seed)
+        ids_BT = zipf_tokens(given, shape, num_sequences=num_sequences, seed=seed).to(device)
         beside = ids_BT.roll(1, 0) if shape.kind == "encoder_decoder" else None
         output: Tensor = model(ids_BT, decoder_input_ids_BT=beside)
         return output
     assert found is not None
     width = found.values_BTP.shape[-1]
     weight_PD = torch.randn(width, shape.hidden_size, generator=generator(seed, "front end")) / math.sqrt(width)
-    projected: Tensor = model(inputs_embeds_BTD=model.init.token_std * found.values_BTP @ weight_PD)
+    projected: Tensor = model(inputs_embeds_BTD=(model.init.token_std * found.values_BTP @ weight_PD).to(device))
     return projected

@@ -1,7 +1,7 @@
 """What a model is trained to predict, by its kind, and how well it does so on held-out text.
 
-An encoder: masked tokens, as BERT does. A decoder: each next token. An encoder-decoder: the second half of a window from
-the first. B sequences, T positions, D hidden_size, V vocab_size.
+An encoder: masked tokens, as BERT does. A decoder: each next token. An encoder-decoder: the second half of a window
+from the first. B sequences, T positions, D hidden_size, V vocab_size.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def measure(config: MeasureConfig, ctx: Context) -> dict[str, float]:
     """Moments of a fresh model, forward and backward, beside the theory's."""
     if not ctx.is_main:
         return {}
-    metrics, profiles = moments_at_start(config)
+    metrics, profiles = moments_at_start(config, device=ctx.hardware.device)
     ctx.notes["profiles"] = profiles
     used = cost.measure(config)
     ctx.cost.update(tokens=used.tokens, flops=used.flops)

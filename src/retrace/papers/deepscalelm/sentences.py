@@ -1,9 +1,9 @@
 """The package's own text: sentences in which most words follow from others, and a model must read to know them.
 
 A text is of one topic and about one name. Its sentences have the slots of TEMPLATE: the name; a verb of the topic in
-the form that agrees with the name; objects of the topic and common words, both Zipf-distributed. So a masked name, verb
-or topic is known from the rest of the text, and a model that has not learned to look at it stays at the entropy of single
-words, which is known exactly, as is that of a reader who knows topic and name.
+the form that agrees with the name; objects of the topic and common words, both Zipf-distributed. So a masked
+name, verb or topic is known from the rest of the text, and a model that has not learned to look at it stays at the
+entropy of single words, which is known exactly, as is that of a reader who knows topic and name.
 """
 
 from __future__ import annotations

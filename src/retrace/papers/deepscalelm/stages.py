@@ -1,8 +1,8 @@
 """The runs that an experiment needs, and what must be at hand before any of them starts.
 
-    moments:  measure
-    training: prepare (real text only) -> one train for each learning rate -> select
-    transfer: the same -> finetune
+moments:  measure
+training: prepare (real text only) -> one train for each learning rate -> select
+transfer: the same -> finetune
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from retrace.core.config import data_root
 from retrace.core.paper import Stage
 from retrace.core.texts import LocalText, fingerprints
 from retrace.papers.deepscalelm.config import (
+    COMMONSENSE_QA,
     DeepScaleLMConfig,
     FinetuneConfig,
-    COMMONSENSE_QA,
     MeasureConfig,
     PrepareConfig,
     RealText,
@@ -86,8 +86,10 @@ def check(config: DeepScaleLMConfig) -> None:
     if config.asks == "transfer":
         config.transfer.optim.check_processes(config.hardware.processes, key="transfer.optim")
         root = data_root()
-        if config.transfer.questions.kind == "commonsense_qa" and (root is None or not (root / COMMONSENSE_QA).is_file()):
+        if config.transfer.questions.kind == "commonsense_qa" and (
+            root is None or not (root / COMMONSENSE_QA).is_file()
+        ):
             raise ValueError(
-                f"transfer.questions.kind=commonsense_qa: {COMMONSENSE_QA} is not there: set RETRACE_DATA to the folder "
-                "that holds it, or use procedural questions"
+                f"transfer.questions.kind=commonsense_qa: {COMMONSENSE_QA} is not there: set RETRACE_DATA to the "
+                "folder that holds it, or use procedural questions"
             )
