@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from retrace.papers.deepscalelm import dslm
+from retrace.papers.deepscalelm.correlations import Array
 from retrace.papers.deepscalelm.draws import fill, generator_of
+from retrace.papers.deepscalelm.gains import Gain, measured_gain
 from retrace.papers.deepscalelm.layouts import Trunk, is_norm, module, part
 from retrace.papers.deepscalelm.scaling import Scales, attach, detach, fold, hook, output_matrix, parallel, recognise
 from retrace.papers.deepscalelm.scheme import AttentionInit, FeedForwardInit, Residual
@@ -72,6 +74,7 @@ def apply(
         seq_len=length if seq_len is None else seq_len,
         causal=causal,
         finite=True,
+        parallel=both == 2,
     )
     detach(model)
     for index, layer in enumerate(trunk.layers):
@@ -99,19 +102,19 @@ def _attention_dropout(model: Any) -> float:
     return 0.0
 
 
-def _gain(trunk: Trunk) -> dslm.Gain:
+def _gain(trunk: Trunk) -> Gain:
     """Of the layer's own activation, whichever it is, on standard normals."""
     function = part(trunk.layers[0], trunk.layout.activation)
     assert callable(function)
 
-    def on_arrays(z: dslm.Array) -> dslm.Array:
+    def on_arrays(z: Array) -> Array:
         with torch.no_grad():
             return np.asarray(function(torch.from_numpy(np.ascontiguousarray(z))).double())
 
     gated = len(trunk.layout.inner) == 2
     z = np.linspace(-2, 2, 41)
     homogeneous = not gated and bool(np.allclose(on_arrays(2 * z), 2 * on_arrays(z)))
-    return replace(dslm.measured_gain(on_arrays, gated=gated), homogeneous=homogeneous)
+    return replace(measured_gain(on_arrays, gated=gated), homogeneous=homogeneous)
 
 
 def _tables(model: Any) -> dict[str, nn.Embedding]:
@@ -135,7 +138,7 @@ def _corr0(model: Any) -> float:
 
 @torch.no_grad()
 def _draw_layer(
-    trunk: Trunk, layer: nn.Module, name: str, *, gain: dslm.Gain, dropout: float, passed: float, joined: Residual
+    trunk: Trunk, layer: nn.Module, name: str, *, gain: Gain, dropout: float, passed: float, joined: Residual
 ) -> None:
     layout = trunk.layout
     attention, output = module(layer, layout.attention), module(layer, layout.output)
