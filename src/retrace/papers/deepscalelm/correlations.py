@@ -93,13 +93,14 @@ def dslm_correlations(
     corr0: float = OFFICIAL_CORR0,
     kernel: Callable[[ArrayLike], Array] = relu_kernel,
     attention: Callable[[ArrayLike], Array] | None = None,
+    cross: bool = False,
 ) -> Array:
     """The official list r_1 ... r_N: the correlation that enters each layer's attention, by which DSLM sizes V and O.
 
     shape [num_layers]. `corr0` is that of the embeddings before their dropout. Attention's branch has correlation 1-p
     and the feed-forward's (1-p) K(r), both of unit variance, as DSLM makes them; where lambda_sq + beta_sq
     is not 1 the running variance weighs the skip. `kernel` is K of the activation, ReLU's in the official code;
-    `attention` its like for attention, None: 1 as there.
+    `attention` its like for attention, None: 1 as there; `cross`: a branch of correlation 1-p stands between the two.
     Sections 3.1 and 3.3, tag A. Raises ValueError for a dropout of 1 and for a correlation outside of [-1, 1].
     """
     kept = 1 - check_dropout(dropout)
@@ -108,7 +109,7 @@ def dslm_correlations(
     found = np.empty(num_layers)
     for layer in range(num_layers):
         found[layer] = r
-        for branch in (attention, kernel):
+        for branch in (attention, *([None] if cross else []), kernel):
             skip, v = lambda_sq * v, lambda_sq * v + beta_sq
             r = (skip * r + beta_sq * kept * (1.0 if branch is None else float(branch(r)))) / v
     return found

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from retrace.papers.deepscalelm.methods import METHODS, initialise
 from rich.console import Console
 
 from retrace.core.store import write_atomic
 from retrace.papers.deepscalelm.components import Moments
+from retrace.papers.deepscalelm.methods import METHODS, initialise
 from retrace.papers.deepscalelm.model_config import model_shape
 from retrace.papers.deepscalelm.moments_view import profile_figure, table
 from retrace.papers.deepscalelm.recursion import Profile, input_moments, profile
