@@ -1,4 +1,4 @@
-"""What methods are put together from: stacks of layers, Xavier's standard deviations, and changes to a layer. No torch."""
+"""What methods are put together from: stacks of layers, Xavier's numbers, and changes to a layer. No torch."""
 
 from __future__ import annotations
 

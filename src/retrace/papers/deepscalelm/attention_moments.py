@@ -218,7 +218,7 @@ def _weights(
 
 def _checked(x: Moments, seq_len: int, score_var: Value, attention_dropout: float) -> tuple[Array, Array, float]:
     """Correlation, score variance and kept share; raises ValueError for what the formulas do not describe."""
-    if not np.allclose(x.mean, 0.0):
+    if np.any(x.mean):
         raise ValueError(f"mean={x.mean}: the moments of attention are of inputs of mean 0; expected a normed input")
     length = check_length(seq_len)
     kept = 1 - check_dropout(attention_dropout, name="attention_dropout")

@@ -62,8 +62,8 @@ class GradMoments:
 
 def ratio(cov: Value, var: Value) -> Array:
     """cov / var; 0 where nothing varies."""
-    over, under = np.broadcast_arrays(np.asarray(cov, dtype=np.float64), np.asarray(var, dtype=np.float64))
-    return np.clip(np.divide(over, under, out=np.zeros(under.shape), where=under > 0), -1.0, 1.0)
+    found = cov / np.where(np.equal(var, 0), np.inf, var)
+    return np.asarray(np.minimum(np.maximum(found, -1.0), 1.0))
 
 
 def linear(x: Moments, *, fan_in: int, weight_var: Value) -> Moments:

@@ -28,10 +28,10 @@ def check_corr(corr: ArrayLike, *, seq_len: float | None = None, name: str = "co
     """`corr` as an array; raises ValueError below -1 (-1/(L-1) for a sequence of L that is as equal) or above 1."""
     r = np.asarray(corr, dtype=np.float64)
     low = -1.0 if seq_len is None else -1.0 / (seq_len - 1)
-    if not np.all((r >= low - 1e-12) & (r <= 1 + 1e-12)):
+    if r.size and not (r.min() >= low - 1e-12 and r.max() <= 1 + 1e-12):
         why = "" if seq_len is None else f": {seq_len:g} positions can't be less alike than -1/(L-1)"
         raise ValueError(f"{name}={_shown(r)}: expected a correlation from {low:.4g} to 1{why}")
-    return np.clip(r, low, 1.0)
+    return np.asarray(np.minimum(np.maximum(r, low), 1.0))
 
 
 def check_dropout(value: float, *, name: str = "dropout") -> float:
@@ -51,7 +51,7 @@ def check_length(value: int, *, name: str = "seq_len") -> int:
 def check_variance(value: ArrayLike, *, name: str = "var") -> Array:
     """A variance as an array; raises ValueError where it is negative or not finite."""
     v = np.asarray(value, dtype=np.float64)
-    if not np.all((v >= 0) & np.isfinite(v)):
+    if v.size and not (v.min() >= 0 and v.max() < np.inf):
         raise ValueError(f"{name}={_shown(v)}: expected a variance, finite and not negative")
     return v
 

@@ -1,4 +1,4 @@
-"""Weights at random, each matrix from a stream of numbers of its own: of a seed and its name, whatever else is drawn."""
+"""Weights at random: each matrix has numbers of its own, of a seed and its name, whatever else is drawn."""
 
 from __future__ import annotations
 

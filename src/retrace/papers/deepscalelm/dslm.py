@@ -7,43 +7,26 @@ methods.py both ask here, so a transformers model gets what ours gets.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import erf, expit
 
+from retrace.papers.deepscalelm.causal import causal_gains
 from retrace.papers.deepscalelm.correlations import (
     Array,
     dslm_correlations,
     effective_correlation,
     harmonic,
-    relu_kernel,
 )
+from retrace.papers.deepscalelm.gains import Gain
 from retrace.papers.deepscalelm.scheme import AttentionInit, FeedForwardInit, Residual
 
 Reading = Literal["code", "layers2"]
 READINGS: Mapping[Reading, float] = {"code": 1.0, "layers2": 2.0}  # k of the official code, and of other readers
 SCORE_VAR = 1.0  # of queries and keys N(0, 1/d) on a normed input
-
-Function = Callable[[Array], Array]
-GATES: Mapping[str, Function] = {
-    "relu": lambda z: np.maximum(z, 0),
-    "gelu": lambda z: z * (1 + erf(z / math.sqrt(2))) / 2,
-    "swiglu": lambda z: z * expit(z),
-}
-
-
-@dataclass(frozen=True)
-class Gain:
-    """What a feed-forward's hidden layer makes of unit-variance pre-activations."""
-
-    square: float  # E[f(z)^2]
-    kernel: Callable[[ArrayLike], Array]  # E[f(x) f(y)] / E[f(z)^2] at a correlation of x and y
-    homogeneous: bool = False  # f(cz) = c f(z): both matrices can share the gain, as the official code's ReLU does
 
 
 @dataclass(frozen=True)
@@ -108,29 +91,40 @@ def plan(
     causal: bool,
     finite: bool,
     memory_corr: float | None = None,
+    parallel: bool = False,
 ) -> Plan:
     """The correlations of one stack, forward (Sections 3.1, 3.6).
 
     `finite`: value and output matrices make good not the correlation alone, as in the official code, but also what the
-    softmax over `seq_len` keys leaves of single values; causal attention has it always. `memory_corr`: of what
-    cross-attention reads, None: there is none.
+    softmax over `seq_len` keys leaves of single values. Causal attention has it always, and goes by causal.py.
+    `memory_corr`: of what cross-attention reads, None: there is none. `parallel`: as there.
     """
 
-    def passed(corr: ArrayLike, *, causal: bool = causal) -> Array:
+    def passed(corr: ArrayLike) -> Array:
         return effective_correlation(
-            corr, seq_len=seq_len, score_var=SCORE_VAR, attention_dropout=attention_dropout, causal=causal
+            corr, seq_len=seq_len, score_var=SCORE_VAR, attention_dropout=attention_dropout, causal=False
         )
 
     def alike(corr: ArrayLike) -> Array:
-        """Correlation of causal attention's outputs: positions share what they average (Section 1.9)."""
-        r, share = np.asarray(corr), 2 * (seq_len - harmonic(seq_len)) / (seq_len * (seq_len - 1))
-        return np.minimum(1.0, (r + (1 - r) * share) / passed(r))
-
-    def alike_finite(corr: ArrayLike) -> Array:
-        """The same of an encoder (Section 1.7)."""
+        """Correlation of attention's outputs (Section 1.7)."""
         r = np.asarray(corr)
         return (r + (1 - r) * np.exp(r * (1 - r) * SCORE_VAR) / seq_len) / passed(r)
 
+    memory = None if memory_corr is None else float(passed(memory_corr))
+    if causal:
+        own, final = causal_gains(
+            num_layers,
+            gain=gain,
+            beta_sq=beta_sq,
+            corr0=corr0,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            seq_len=seq_len,
+            score_var=SCORE_VAR,
+            parallel=parallel,
+            cross=memory is not None,
+        )
+        return Plan(beta_sq, own, memory, final)
     list_N1 = dslm_correlations(
         num_layers + 1,
         dropout=dropout,
@@ -138,11 +132,9 @@ def plan(
         lambda_sq=1 - beta_sq,
         corr0=corr0,
         kernel=gain.kernel,
-        attention=alike if causal else alike_finite if finite else None,
-        cross=memory_corr is not None,
+        attention=alike if finite else None,
     )
-    own = passed(list_N1[:-1]) if causal or finite else list_N1[:-1]
-    memory = None if memory_corr is None else float(passed(memory_corr, causal=False))
+    own = passed(list_N1[:-1]) if finite else list_N1[:-1]
     return Plan(beta_sq, own, memory, float(list_N1[-1]))
 
 
@@ -168,27 +160,3 @@ def feed_forward(
         std = (kept / (d * f * gain.square)) ** 0.25
         return FeedForwardInit(std, std, joined)
     return FeedForwardInit(d**-0.5, math.sqrt(kept / (f * gain.square)), joined)
-
-
-@lru_cache
-def gain_of(activation: str) -> Gain:
-    """Of ReLU (exact), exact GeLU and SwiGLU (by quadrature)."""
-    if activation == "relu":
-        return Gain(0.5, relu_kernel, homogeneous=True)
-    return measured_gain(GATES[activation], gated=activation == "swiglu")
-
-
-def measured_gain(function: Function, *, gated: bool) -> Gain:
-    """By Gauss-Hermite quadrature on standard normals; `gated`: the layer is f(gate) * up, both of variance one."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(100)
-    weights = weights / weights.sum()
-    value = function(nodes)
-    square = float(weights @ value**2)
-
-    def kernel(corr: ArrayLike) -> Array:
-        r = np.asarray(corr, dtype=np.float64)[..., None, None]
-        other = function(r * nodes[:, None] + np.sqrt(np.maximum(0, 1 - r**2)) * nodes)
-        found = ((value * weights) @ (other @ weights)[..., None])[..., 0] / square
-        return np.asarray(found * r[..., 0, 0] if gated else found)
-
-    return Gain(square, kernel)

@@ -20,6 +20,20 @@ ROPE_BASE = 10_000.0
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [T, E]
 
 
+class Linear(nn.Linear):
+    """torch's, without its first draw of weights: the model makes the only one."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """As `Linear`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 def make_norm(shape: ModelShape, size: int, *, wanted: bool = True) -> nn.Module:
     """The shape's norm; a module that does nothing where none is wanted, so that hooks find the same places."""
     if not wanted:
@@ -34,10 +48,10 @@ class Attention(nn.Module):
         super().__init__()
         size = shape.hidden_size
         self.num_heads, self.dropout, self.causal = shape.num_heads, shape.attention_dropout, causal
-        self.query = nn.Linear(size, size) if cross else None
-        self.rows = nn.Linear(size, 2 * size if cross else 3 * size)
+        self.query = Linear(size, size) if cross else None
+        self.rows = Linear(size, 2 * size if cross else 3 * size)
         self.inner_norm = make_norm(shape, size) if inner_norm else None
-        self.output = nn.Linear(size, size)
+        self.output = Linear(size, size)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         if self.query is None:
@@ -98,9 +112,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = shape.activation
         size, wide = shape.hidden_size, shape.intermediate_size
-        self.inner = nn.Linear(size, 2 * wide if shape.activation == "swiglu" else wide)
+        self.inner = Linear(size, 2 * wide if shape.activation == "swiglu" else wide)
         self.inner_norm = make_norm(shape, wide) if inner_norm else None
-        self.outer = nn.Linear(wide, size)
+        self.outer = Linear(wide, size)
 
     def forward(self, x_BTD: Tensor, _: Context) -> Tensor:
         wide = activate(self.inner(x_BTD), self.activation)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from retrace.core.config import suggest
 from retrace.papers.deepscalelm import dslm as scheme
 from retrace.papers.deepscalelm.assemble import Part, assemble, gained, joined_by, parts, with_attentions, xavier
+from retrace.papers.deepscalelm.gains import gain_of
 from retrace.papers.deepscalelm.scheme import AttentionInit, FeedForwardInit, LayerInit, ModelInit, Residual
 from retrace.papers.deepscalelm.shape import ModelShape
 
@@ -221,7 +222,7 @@ def _dslm(
     corr0: float | None,
     finite: bool,
 ) -> ModelInit:
-    gain, size = scheme.gain_of(shape.activation), shape.hidden_size
+    gain, size = gain_of(shape.activation), shape.hidden_size
     own_corr = scheme.zipf_collision(shape.vocab_size) / shape.num_tables
 
     def plan(part: Part, memory_corr: float | None) -> scheme.Plan:

@@ -21,7 +21,9 @@ from retrace.papers.deepscalelm.dropout import dropout
 from retrace.papers.deepscalelm.layers import (
     Attention,
     Context,
+    Embedding,
     FeedForward,
+    Linear,
     SubBlock,
     activate,
     additive,
@@ -91,16 +93,14 @@ class Transformer(nn.Module):
         _check(shape, init)
         self.shape, self.init = shape, init
         size = shape.hidden_size
-        with torch.device("meta"):
-            self.tokens = nn.Embedding(shape.vocab_size, size)
-            self.positions = nn.Embedding(shape.seq_len, size) if shape.positions == "learned" else None
-            self.stack = Stack(shape, init, init.layers, causal=shape.kind == "decoder")
-            beside = shape.kind == "encoder_decoder"
-            self.decoder = Stack(shape, init, init.decoder_layers, causal=True) if beside else None
-            masked = shape.kind == "encoder"
-            self.head_dense = nn.Linear(size, size) if masked else None
-            self.head_norm = make_norm(shape, size, wanted=init.norms) if masked else None
-        self.to_empty(device="cpu")
+        self.tokens = Embedding(shape.vocab_size, size)
+        self.positions = Embedding(shape.seq_len, size) if shape.positions == "learned" else None
+        self.stack = Stack(shape, init, init.layers, causal=shape.kind == "decoder")
+        beside = shape.kind == "encoder_decoder"
+        self.decoder = Stack(shape, init, init.decoder_layers, causal=True) if beside else None
+        masked = shape.kind == "encoder"
+        self.head_dense = Linear(size, size) if masked else None
+        self.head_norm = make_norm(shape, size, wanted=init.norms) if masked else None
         draw(self, init, seed=seed)
         if any(block.fixed.profiled for block in self.sub_blocks()):
             profile(self, profile_ids_BT, seed=seed)
@@ -183,9 +183,7 @@ def _check(shape: ModelShape, init: ModelInit) -> None:
 def draw(model: Transformer, init: ModelInit, *, seed: int) -> None:
     """Every parameter as `init` says, in place: matrices at random, biases 0, gains of norms 1."""
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            module.reset_parameters()
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, Linear):
             module.bias.zero_()
         elif isinstance(module, SubBlock) and module.trained is not None:
             vector = module.fixed.trained == "skip_vector"
