@@ -139,8 +139,9 @@ def cross_attention_backward(
     per_key = num_queries / num_keys
     at_memory = per_key * (found.square / kept + s * noise) + g.corr * found.shared * (1 + tau * s * r_x)
     memory_cov = per_key * (1 + (num_queries - 1) * np.asarray(g.corr)) / num_keys
+    x_cov = g.corr * (tilt + tau**2 * s * found.pair)  # queries read the same keys: derived here, tag B
     scale = np.asarray(memory.var) / np.asarray(x.var)
-    return GradMoments(base * scale * at_x, ratio(g.corr * tilt, at_x)), GradMoments(
+    return GradMoments(base * scale * at_x, ratio(x_cov, at_x)), GradMoments(
         base * at_memory, ratio(memory_cov, at_memory)
     )
 
