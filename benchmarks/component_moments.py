@@ -201,7 +201,7 @@ def attention(table: Table, item: str, *, std: float, causal: bool = False, corr
     """`std`: of queries' and keys' weights, times sqrt(width); S is its fourth power."""
     width, out = random.choice((100, 200)), random.choice((32, 64, 128))
     length, p = random.choice((200, 300)), random.choice((0.0, 1 / 3, 2 / 3))
-    batch, gain = 64, random.choice((0.1, 1.0, 10.0))
+    batch, gain = 192 if std == 1 else 64, random.choice((0.1, 1.0, 10.0))
     x, g = Moments(0.0, 1.0, random.choice(corrs)), GradMoments(1.0, random.choice(CORRS))
     v = weights(batch, width, out, gain / width)
     attend, start = one_head(std, std, v, p, causal=causal), draw(x, batch, length, width)
@@ -219,7 +219,7 @@ def attention(table: Table, item: str, *, std: float, causal: bool = False, corr
 
 
 def cross(table: Table) -> None:
-    width, out, keys, queries, batch, p = 128, 64, random.choice((200, 300)), random.choice((100, 200)), 64, 1 / 10
+    width, out, keys, queries, batch, p = 128, 64, random.choice((200, 300)), random.choice((100, 200)), 192, 1 / 10
     x, memory = (Moments(0.0, 1.0, random.choice((0.2, 0.5, 0.8))) for _ in range(2))
     g, v = GradMoments(1.0, random.choice((0.0, 0.25, 0.5))), weights(batch, width, out, 1 / width)
     attend, start, read = (
