@@ -18,7 +18,7 @@ LAYER_0 = {
     "cli", "core.claims", "core.compose", "core.config", "core.cost", "core.doctor", "core.figures", "core.identity",
     "core.launch", "core.paper", "core.plan", "core.planview", "core.profiles", "core.progress", "core.provenance",
     "core.record", "core.report", "core.reportview", "core.results", "core.samples", "core.stats", "core.store",
-    "core.svg", "core.tasks", "core.texts", "core.units",
+    "core.svg", "core.tasks", "core.texts", "core.units", "core.verdicts",
 }  # fmt: skip
 HOMES = {
     "hydra": ("core.compose",), "wandb": ("core.tracking",), "lm_eval": ("core.evaluate", "plugin"),
@@ -28,6 +28,7 @@ PURE = {
     "core.report",
     "core.reportview",
     "core.claims",
+    "core.verdicts",
     "core.samples",
     "core.stats",
     "core.figures",

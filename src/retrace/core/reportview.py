@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from retrace.core.claims import OUTCOMES, Verdict
+from retrace.core.claims import Claim
 from retrace.core.figures import ArmValues, curve_figure, joint_figure, sample_figure, verdict_bar
 from retrace.core.plan import Ablation
 from retrace.core.profiles import arm_profiles, profile_figures
@@ -13,6 +13,7 @@ from retrace.core.record import Record
 from retrace.core.samples import DIVERGED, Chain, Sample, Samples
 from retrace.core.stats import Estimate, estimate, paired_differences
 from retrace.core.svg import Figure, decimals, number
+from retrace.core.verdicts import OUTCOMES, Verdict
 
 DIAGNOSTICS = ("grad_norm/", "optim/", "speed/")  # curves for whoever debugs a run; W&B and metrics.jsonl have them
 
@@ -67,6 +68,7 @@ class VerdictView:
     detectable: str
     bar: Figure
     arms: tuple[tuple[str, Shown], ...]  # named with the metric where a claim has two
+    told: str  # the means of the arms in one phrase
     seeds: tuple[tuple[int, tuple[tuple[str, Record], ...], str], ...]
 
 
@@ -117,8 +119,21 @@ def view_verdict(verdict: Verdict) -> VerdictView:
     )
     detectable = "" if verdict.detectable is None else number(verdict.detectable, places)
     return VerdictView(
-        verdict, show(verdict.estimate, places=places, sign=True), detectable, verdict_bar(verdict), arms, seeds
+        verdict,
+        show(verdict.estimate, places=places, sign=True),
+        detectable,
+        verdict_bar(verdict),
+        arms,
+        _told(verdict.claim, [f"{arm} {shown.mean}" for arm, shown in arms]),
+        seeds,
     )
+
+
+def _told(claim: Claim, arms: Sequence[str]) -> str:
+    if claim.trend is not None:
+        return f"{', '.join(arms)}; slope per arm"
+    first, *second = (" against ".join(arms[at : at + 2]) for at in range(0, len(arms), 2))
+    return f"{first}; less {second[0]}" if second else first
 
 
 def _cell(sample: Sample, places: int) -> tuple[str, Record]:
