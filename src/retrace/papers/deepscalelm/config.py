@@ -6,6 +6,8 @@ or what the trained one learns from few questions (`transfer`).
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -51,6 +53,10 @@ class RealText(Frozen):
     def sources(self, split: Split) -> tuple[LocalText | HubText, ...]:
         found: tuple[LocalText | HubText, ...] = getattr(self, split)
         return found
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """All texts of a split, source after source."""
+        return itertools.chain.from_iterable(source.documents() for source in self.sources(split))
 
     def every_source(self) -> list[LocalText | HubText]:
         return [*self.train, *self.valid, *self.test]
@@ -193,8 +199,8 @@ class DeepScaleLMConfig(Experiment):
         procedural = self.transfer.questions.kind == "procedural"
         if self.asks == "transfer" and procedural != isinstance(self.corpus, ProceduralText):
             raise ValueError(
-                f"transfer.questions.kind={self.transfer.questions.kind}, corpus.kind={self.corpus.kind}: questions are "
-                "in the words of the corpus; procedural goes with procedural, commonsense_qa with text"
+                f"transfer.questions.kind={self.transfer.questions.kind}, corpus.kind={self.corpus.kind}: questions "
+                "are in the words of the corpus; procedural goes with procedural, commonsense_qa with text"
             )
         if self.asks == "transfer" and self.model.kind == "encoder_decoder":
             raise ValueError("model.kind=encoder_decoder with asks=transfer: choose encoder or decoder")
