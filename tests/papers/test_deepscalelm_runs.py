@@ -121,18 +121,18 @@ def transfer_chain() -> list[RunSpec]:
 
 
 @pytest.mark.parametrize("placement", ["pre", "post"])
-@pytest.mark.parametrize(
-    "sizes", [["input=correlated"], ["input=zipf", "method.corr0=assumed"], ["input=spectrograms"]]
-)
-def test_theory_and_measurement_speak_of_the_same_places(placement: str, sizes: list[str]) -> None:
+@pytest.mark.parametrize("given", [["input=correlated"], ["input=zipf", "method.corr0=assumed"]])
+def test_theory_and_measurement_speak_of_the_same_places(placement: str, given: list[str]) -> None:
+    """Vanilla, whose sub-blocks differ: a shift by one place would be off by a third in Post-LN."""
     wide = ["model.hidden_size=96", "model.num_heads=4", "model.intermediate_size=384", "model.seq_len=32"]
-    config = composed(*wide, *sizes, f"model.placement={placement}", "moments.num_sequences=8", name="moments")
+    vanilla = ["method.name=vanilla_xavier", f"model.placement={placement}", "moments.num_sequences=8"]
+    config = composed(*wide, *given, *vanilla, name="moments")
     metrics, profiles = moments_at_start(
         MeasureConfig(model=config.model, method=config.method, moments=config.moments, seed=0)
     )
-    assert metrics["theory/var_error"] < 0.2
-    assert metrics["theory/corr_error"] < 0.2
-    assert metrics["theory/grad_error"] < 0.25
+    assert metrics["theory/var_error"] < 0.15
+    assert metrics["theory/corr_error"] < 0.1
+    assert metrics["theory/log10_grad_bottom_error"] < 0.3
     for profile in profiles.values():
         assert profile["measured"][0][0] == 0.0
         assert profile["measured"][-1][0] == 1.0
@@ -197,7 +197,7 @@ def test_equal_parameters_are_equal_in_the_depth_and_width_ablations() -> None:
 
 
 def test_padding_says_nothing_to_the_score() -> None:
-    config = composed("model.num_layers=2")
+    config = composed("model.num_layers=3")
     answerer = Answerer(Transformer(config.model, make(config.model, config.method)), seed=0).eval()
     ids = torch.randint(3, 47, (2, 4, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

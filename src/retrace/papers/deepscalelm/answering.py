@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ def load_questions(config: FinetuneConfig, parents: Mapping[str, RunDir]) -> tup
     return QuestionSet(*every.at(first).values()), QuestionSet(*every.at(last).values())
 
 
-def _commonsense_rows() -> list[dict[str, object]]:  # type: ignore[type-arg]
+def _commonsense_rows() -> list[dict[str, Any]]:
     root = data_root()
     assert root is not None
     return [json.loads(line) for line in (root / COMMONSENSE_QA).read_text().splitlines() if line.strip()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from retrace.papers.deepscalelm.scheme import ModelInit
 from retrace.papers.deepscalelm.shape import ModelShape
 from retrace.papers.deepscalelm.variants import make
 
+log = logging.getLogger("retrace")
 Array = NDArray[np.float64]
 POINTS = 40  # of a curve in the record
 DIGITS = 4
@@ -41,7 +43,11 @@ def moments_at_start(config: MeasureConfig, *, device: str = "cpu") -> tuple[dic
         init = make(shape, config.method, corr0=summed_corr(init, shape, found))
     model = Transformer(shape, init, seed=config.seed).to(device).train()
     measured = _measure(model, config, found)
-    predicted = profile(shape, init, inputs=_input_moments(config, init, found))
+    try:
+        predicted = profile(shape, init, inputs=_input_moments(config, init, found))
+    except ValueError as outside:  # of what the formulas are good for, such as scores far above their softmax's range
+        log.warning("no prediction: %s", outside)
+        predicted = None
     return _compare(shape, measured, predicted, inputs=found)
 
 
@@ -83,7 +89,7 @@ def _forget(parameter: nn.Parameter) -> None:
 
 
 def _compare(
-    shape: ModelShape, measured: Moments, predicted: Profile, *, inputs: Features | None
+    shape: ModelShape, measured: Moments, predicted: Profile | None, *, inputs: Features | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Every place from the input of the first sub-block on. Gradients are relative to that of the last place."""
     stream = measured.stream()
@@ -91,7 +97,6 @@ def _compare(
     # In Post-LN the norm hides the variance, so it is that of the sums in front of it
     var = stream.var if sums is None else _behind_each(stream.names, sums)
     grad = stream.grad_var / stream.grad_var[-1]
-    theory_grad = predicted.grad_var / predicted.grad_var[-1]
     norms = measured.weight_grad_norms
     metrics = {
         "moments/var_last": float(var[-1]),
@@ -104,21 +109,32 @@ def _compare(
         "moments/grad_decades": _decades(grad[2:]),
         "moments/weight_grad_decades": _decades(norms),
         "moments/log10_weight_grad_first_over_last": float(np.log10(norms[0] / norms[-1])),
-        "theory/var_error": _error(var[1:], predicted.var[1:]),
-        "theory/corr_error": _error(stream.corr[1:], predicted.corr[1:]),
-        "theory/grad_error": _error(grad[1:-1], theory_grad[1:-1]),
-        "theory/log10_grad_bottom_error": abs(float(np.log10(grad[2] / theory_grad[2]))),
-        "theory/log_var_r2": _r_squared(np.log(var[1:]), np.log(predicted.var[1:])),
     }
+    theory: dict[str, Array | None] = {"var": None, "corr": None, "grad": None}
+    if predicted is not None:
+        theory = {"var": predicted.var[1:], "corr": predicted.corr, "grad": predicted.grad_var / predicted.grad_var[-1]}
+        metrics |= _errors(var[1:], stream.corr, grad, predicted)
     if inputs is not None:
         metrics["moments/input_corr"] = inputs.corr
     profiles = {
-        "variance of the residual": _profile(var[1:], predicted.var[1:], log=True),
-        "correlation along the sequence": _profile(stream.corr, predicted.corr, log=False),
-        "variance of the gradient (top = 1)": _profile(grad, theory_grad, log=True),
+        "variance of the residual": _profile(var[1:], theory["var"], log=True),
+        "correlation along the sequence": _profile(stream.corr, theory["corr"], log=False),
+        "variance of the gradient (top = 1)": _profile(grad, theory["grad"], log=True),
         "norm of a layer's weight gradient": _profile(norms / np.exp(np.log(norms).mean()), None, log=True),
     }
     return {name: value for name, value in metrics.items() if math.isfinite(value)}, profiles
+
+
+def _errors(var: Array, corr: Array, grad: Array, predicted: Profile) -> dict[str, float]:
+    """How far the theory is off: medians over sub-blocks of relative errors, and the gradient's at the bottom."""
+    theory_grad = predicted.grad_var / predicted.grad_var[-1]
+    return {
+        "theory/var_error": _error(var, predicted.var[1:]),
+        "theory/corr_error": _error(corr[1:], predicted.corr[1:]),
+        "theory/grad_error": _error(grad[1:-1], theory_grad[1:-1]),
+        "theory/log10_grad_bottom_error": abs(float(np.log10(grad[2] / theory_grad[2]))),
+        "theory/log_var_r2": _r_squared(np.log(var), np.log(predicted.var[1:])),
+    }
 
 
 def _behind_each(names: tuple[str, ...], sums: Moments) -> Array:

@@ -111,7 +111,9 @@ def forward(model: Transformer, given: Input, *, num_sequences: int, seed: int, 
     shape, device = model.shape, model.tokens.weight.device
     if isinstance(given, CorrelatedInput):
         x_BTD = correlated(given.corr, shape=shape, num_sequences=num_sequences, seed=seed)
-        hidden: Tensor = model.stack(x_BTD.to(device), Context())
+        hidden: Tensor = model.stack(
+            x_BTD.to(device).requires_grad_(), Context()
+        )  # so that its gradient is measured too
         return hidden
     if isinstance(given, ZipfInput):
         ids_BT = zipf_tokens(given, shape, num_sequences=num_sequences, seed=seed).to(device)

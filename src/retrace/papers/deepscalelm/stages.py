@@ -7,6 +7,8 @@ transfer: the same -> finetune
 
 from __future__ import annotations
 
+from typing import Any
+
 from retrace.core.config import data_root
 from retrace.core.paper import Stage
 from retrace.core.texts import LocalText, fingerprints
@@ -58,7 +60,7 @@ def _prepare(c: DeepScaleLMConfig) -> dict[str, Stage]:
 
 def _select(c: DeepScaleLMConfig, text: dict[str, Stage]) -> Stage:
     """The choice among the learning rates of an arm, and the trainings that it chooses from."""
-    shared = {
+    shared: dict[str, Any] = {
         "model": c.model,
         "method": c.method,
         "corpus": c.corpus,

@@ -36,8 +36,13 @@ def make(shape: ModelShape, variant: Variant, *, corr0: float | None = None) -> 
     made = initialise(shape, variant.name, **options)
     if variant.embeddings_of is not None:
         other = initialise(shape, variant.embeddings_of)
-        stds = {"token_std": other.token_std, "position_std": other.position_std, "head_std": other.head_std}
-        made = replace(made, logit_scale=other.logit_scale, **stds)
+        made = replace(
+            made,
+            token_std=other.token_std,
+            position_std=other.position_std,
+            head_std=other.head_std,
+            logit_scale=other.logit_scale,
+        )
     if variant.score_variance is None:
         return made
     std = variant.score_variance**0.25 / math.sqrt(shape.hidden_size)  # S = (d std^2)^2, Section 1.6
