@@ -351,9 +351,9 @@ def test_a_wrong_claim_is_one_sentence(tmp_path: Path, old: str, new: str, messa
 def test_five_thousand_records_are_judged_in_two_seconds() -> None:
     many = [record(f"size/arm{arm}/s{seed}", metrics={METRIC: seed / 1000}) for arm in range(50) for seed in range(100)]
     claims = [claim(id=f"claim_{arm}", compare=(f"arm{arm}", "arm0")) for arm in range(1, 50)]
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(judge_all(claims, many, scale="laptop")) == 49
-    assert time.perf_counter() - began < 2.0
+    assert time.process_time() - began < 2.0
 
 
 def test_of_several_trainings_in_a_chain_only_the_last_has_the_say() -> None:

@@ -111,3 +111,17 @@ def test_closed_form_and_integrals_meet_at_small_scores_and_causal_sums_are_harm
     assert float(causal.square) == pytest.approx(h / length, rel=1e-4)
     assert float(causal.shared) == pytest.approx(2 - 2 * h / length, rel=1e-9)  # Section 1.9
     assert float(causal.pair) == pytest.approx(2 * (length - h) / (length * (length - 1)), rel=1e-9)
+
+
+def test_what_causal_queries_share_is_that_of_the_jacobians_at_even_weights() -> None:
+    length = 12
+    weights = torch.ones(length, length, dtype=torch.float64).tril()
+    weights = weights / weights.sum(1, keepdim=True)
+    jacobians = torch.diag_embed(weights) - weights[:, :, None] * weights[:, None, :]
+    summed = jacobians.sum(0)
+    pairs = (
+        summed @ summed - (jacobians @ jacobians).sum(0)
+    ).trace() / length  # over i != k of (P_i P_k)_jj, mean of j
+    found = exact(0.0, 0.0, num_keys=length, causal=True)
+    assert float(found.shared_jacobian) == pytest.approx(float(pairs), rel=1e-9)
+    assert float(found.jacobian) == pytest.approx(float((jacobians @ jacobians).sum(0).trace()) / length, rel=1e-4)

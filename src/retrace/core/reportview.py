@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from retrace.core.svg import Figure, decimals, number
 from retrace.core.verdicts import OUTCOMES, Verdict
 
 DIAGNOSTICS = ("grad_norm/", "optim/", "speed/")  # curves for whoever debugs a run; W&B and metrics.jsonl have them
+
+MOST_NAME = 120  # characters of a figure's file name: file systems take 255 bytes
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,11 @@ def _profile_figures(ablation: str, arms: Sequence[str], chains: Mapping[str, Ma
 
 
 def _file(*parts: str) -> str:
-    return "--".join("".join(c if c.isalnum() or c in "_." else "-" for c in part) for part in parts)
+    """A name for a figure's file; a long one, as of an arm with many overrides, is cut and told apart by a hash."""
+    name = "--".join("".join(c if c.isalnum() or c in "_." else "-" for c in part) for part in parts)
+    if len(name) <= MOST_NAME:
+        return name
+    return f"{name[:MOST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _table(ablation: Ablation, arms: Sequence[str], samples: Samples, metric: str) -> Table:
