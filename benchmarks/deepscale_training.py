@@ -6,7 +6,7 @@ A step is forward, backward and AdamW (fused, for all) in fp32 on one thread, wi
 of 128 tokens: next tokens for decoders, 15 % masked ones for encoders. "gpt2 (gelu)" is GPT-2 with the activation that
 ours has, in place of its own, which is several kernels. All variants of a case are in one process, and step in turn;
 time is the smallest CPU time of the repeats, which a busy machine disturbs least. The cost of lambda and beta is the
-median over rounds of DSLM's step over vanilla's beside it.
+median over further rounds of DSLM's step over the step of vanilla beside it.
 
 The floor is the time of the step's matrix products (linear layers, attention, logits; each forward, and twice backward)
 as plain products of the sizes that occur.
@@ -169,7 +169,8 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
             for name, step in sorted(variants.items(), reverse=bool(round_ % 2)):
                 times[name].append(step())
         best = {name: min(values[1:]) for name, values in times.items()}
-        pairs = zip(times["ours, dslm"][1:], times["ours, vanilla"][1:], strict=True)
+        two = [(variants["ours, dslm"], variants["ours, vanilla"]) for _ in range(2 * repeats)]
+        pairs = [(one(), other()) if n % 2 else (other(), one())[::-1] for n, (one, other) in enumerate(two)]
         ratios = {f"{name} / ours": best[name] / best["ours, dslm"] for name in best if not name.startswith("ours")}
         ratios["dslm / vanilla, median"] = statistics.median(one / other for one, other in pairs)
         ratios["dslm / vanilla, best"] = best["ours, dslm"] / best["ours, vanilla"]
