@@ -18,13 +18,22 @@ LAYER_0 = {
     "cli", "core.claims", "core.compose", "core.config", "core.cost", "core.doctor", "core.figures", "core.identity",
     "core.launch", "core.paper", "core.plan", "core.planview", "core.progress", "core.provenance", "core.record",
     "core.report", "core.reportview", "core.results", "core.samples", "core.stats", "core.store", "core.svg",
-    "core.tasks", "core.units",
+    "core.tasks", "core.units", "core.verdicts",
 }  # fmt: skip
 HOMES = {
     "hydra": ("core.compose",), "wandb": ("core.tracking",), "lm_eval": ("core.evaluate", "plugin"),
     "peft": ("papers.quietstar.lora",),
 }  # fmt: skip
-PURE = {"core.report", "core.reportview", "core.claims", "core.samples", "core.stats", "core.figures", "core.svg"}
+PURE = {
+    "core.report",
+    "core.reportview",
+    "core.claims",
+    "core.verdicts",
+    "core.samples",
+    "core.stats",
+    "core.figures",
+    "core.svg",
+}
 
 
 def name(path: Path) -> str:

@@ -48,6 +48,11 @@ def test_an_id_the_start_of_one_and_a_label_name_the_run_of_the_program(word: st
     assert find(word, store) == "demo-train-abc1"
 
 
+def test_a_label_that_only_a_later_plan_gave_names_it_too(store: Store) -> None:
+    write_json(store.record_path("demo", "demo-train-abc1"), {"labels": ["main/main/s0"]})
+    assert find("main/main/s0", store) == "demo-train-abc1"
+
+
 @pytest.mark.parametrize("word", ["", "train", "size/big", "other/size/big/s0", "demo-train-abc12"])
 def test_what_names_no_run_is_none(word: str, store: Store) -> None:
     assert find(word, store) is None

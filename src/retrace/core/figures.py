@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from retrace.core.claims import VALUE_SCALES, Verdict
 from retrace.core.stats import estimate
 from retrace.core.svg import (
     NUM_COLOURS,
@@ -28,6 +27,7 @@ from retrace.core.svg import (
     tick_places,
     ticks,
 )
+from retrace.core.verdicts import VALUE_SCALES, Verdict
 
 Curve = Sequence[tuple[int, float]]
 WIDTH, HEIGHT = 350.0, 236.0
@@ -164,16 +164,18 @@ def verdict_bar(verdict: Verdict, *, width: float = 230.0) -> Figure:
 
 
 def _bar(verdict: Verdict, left: float, middle: float, width: float) -> Iterator[str]:
-    centre, found = left + width / 2, verdict.estimate
-    yield f'<rect x="{num(centre)}" y="{num(middle - 15)}" width="{num(width / 2)}" height="30" class="wash"/>'
+    centre, found, margin = left + width / 2, verdict.estimate, verdict.claim.expect.margin
+    printed = verdict.claim.value if verdict.scale in VALUE_SCALES else None
+    ends = (found.low, found.high) if found else ()
+    shown = [*verdict.differences.values(), *(v for v in (*ends, printed, margin) if v is not None)]
+    reach = max(map(abs, shown), default=0.0) or 1.0
+    half = verdict.claim.sign * (width / 2 - 7)
+    x = _scale(-reach, reach, centre - half, centre + half)
+    first, last = (centre, left + width) if margin is None else (x(-margin), x(margin))
+    yield f'<rect x="{num(first)}" y="{num(middle - 15)}" width="{num(last - first)}" height="30" class="wash"/>'
     yield line(centre, middle - 15, centre, middle + 15, "zero")
     if found is None:
         return
-    printed = verdict.claim.value if verdict.scale in VALUE_SCALES else None
-    shown = [*verdict.differences.values(), *(v for v in (found.low, found.high, printed) if v is not None)]
-    reach = max(map(abs, shown)) or 1.0
-    half = verdict.claim.sign * (width / 2 - 7)
-    x = _scale(-reach, reach, centre - half, centre + half)
     for seed, value in verdict.differences.items():
         yield dot(x(value), middle + 8, "sample", radius=2.6, title=f"seed {seed}: {value:+.4g}")
     if found.low is not None and found.high is not None:

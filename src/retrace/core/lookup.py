@@ -52,13 +52,14 @@ def _runs(store: Store) -> Iterator[FoundRun]:
     for path in sorted(store.runs.glob("*/config.json")):
         tree = read_json(path)
         assert tree is not None  # it was listed
+        record = read_json(store.record_path(tree["paper"], path.parent.name)) or {}
         yield FoundRun(
             run=RunDir(path.parent),
             paper=tree["paper"],
             program=tree["program"],
             scale=tree["scale"],
             seed=tree["seed"],
-            labels=tuple(tree["labels"]),
+            labels=(*tree["labels"], *record.get("labels", ())),  # a later plan's are in the record only
             parents=tree["parents"],
         )
 

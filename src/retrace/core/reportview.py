@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from retrace.core.claims import OUTCOMES, Verdict
+from retrace.core.claims import Claim
 from retrace.core.figures import ArmValues, curve_figure, joint_figure, sample_figure, verdict_bar
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
 from retrace.core.samples import DIVERGED, Chain, Sample, Samples
 from retrace.core.stats import Estimate, estimate, paired_differences
 from retrace.core.svg import Figure, decimals, number
+from retrace.core.verdicts import OUTCOMES, Verdict
 
 DIAGNOSTICS = ("grad_norm/", "optim/", "speed/")  # curves for whoever debugs a run; W&B and metrics.jsonl have them
+
+MOST_NAME = 120  # characters of a figure's file name: file systems take 255 bytes
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class VerdictView:
     detectable: str
     bar: Figure
     arms: tuple[tuple[str, Shown], ...]  # named with the metric where a claim has two
+    told: str  # the means of the arms in one phrase
     seeds: tuple[tuple[int, tuple[tuple[str, Record], ...], str], ...]
 
 
@@ -115,8 +120,21 @@ def view_verdict(verdict: Verdict) -> VerdictView:
     )
     detectable = "" if verdict.detectable is None else number(verdict.detectable, places)
     return VerdictView(
-        verdict, show(verdict.estimate, places=places, sign=True), detectable, verdict_bar(verdict), arms, seeds
+        verdict,
+        show(verdict.estimate, places=places, sign=True),
+        detectable,
+        verdict_bar(verdict),
+        arms,
+        _told(verdict.claim, [f"{arm} {shown.mean}" for arm, shown in arms]),
+        seeds,
     )
+
+
+def _told(claim: Claim, arms: Sequence[str]) -> str:
+    if claim.trend is not None:
+        return f"{', '.join(arms)}; slope per arm"
+    first, *second = (" against ".join(arms[at : at + 2]) for at in range(0, len(arms), 2))
+    return f"{first}; less {second[0]}" if second else first
 
 
 def _cell(sample: Sample, places: int) -> tuple[str, Record]:
@@ -187,7 +205,11 @@ def _joint_figure(ablation: str, arm: str, chains: Mapping[int, Chain]) -> Figur
 
 
 def _file(*parts: str) -> str:
-    return "--".join("".join(c if c.isalnum() or c in "_." else "-" for c in part) for part in parts)
+    """A name for a figure's file; a long one, as of an arm with many overrides, is cut and told apart by a hash."""
+    name = "--".join("".join(c if c.isalnum() or c in "_." else "-" for c in part) for part in parts)
+    if len(name) <= MOST_NAME:
+        return name
+    return f"{name[:MOST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _table(ablation: Ablation, arms: Sequence[str], samples: Samples, metric: str) -> Table:

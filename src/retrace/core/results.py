@@ -6,13 +6,14 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 
-from retrace.core.claims import Verdict, load_claims
+from retrace.core.claims import load_claims
 from retrace.core.config import CONFIGS, SCALES
 from retrace.core.paper import load_paper
 from retrace.core.plan import load_ablations, plan
 from retrace.core.report import build_report, print_verdicts
 from retrace.core.samples import Planned
 from retrace.core.store import Store
+from retrace.core.verdicts import Verdict
 
 
 def report(slug: str, *, scale: str, store: Store, console: Console) -> tuple[Verdict, ...]:

@@ -54,7 +54,8 @@ def attention(
     """
     r, s, _ = _checked(x, seq_len, score_var, attention_dropout)
     found = _weights((1 - r) * s, r * (1 - r) * s, weights, num_keys=seq_len, causal=causal)
-    return forward_moments(x.var, r, r, s, found, width=width, gain=gain, attention_dropout=attention_dropout)
+    return forward_moments(x.var, r, r, s, found, width=width, gain=gain, attention_dropout=attention_dropout,
+                           closed=not causal and weights != "exact")  # fmt: skip
 
 
 def attention_backward(
@@ -110,7 +111,8 @@ def cross_attention(
     r, s, _ = _checked(memory, num_keys, score_var, attention_dropout)
     r_x = check_corr(x.corr)
     found = _weights((1 - r) * s, r_x * (1 - r) * s, weights, num_keys=num_keys)
-    return forward_moments(memory.var, r, r_x, s, found, width=width, gain=gain, attention_dropout=attention_dropout)
+    return forward_moments(memory.var, r, r_x, s, found, width=width, gain=gain, attention_dropout=attention_dropout,
+                           closed=weights != "exact")  # fmt: skip
 
 
 def cross_attention_backward(
@@ -133,14 +135,15 @@ def cross_attention_backward(
     r, s, kept = _checked(memory, num_keys, score_var, attention_dropout)
     r_x, tau = check_corr(x.corr, seq_len=num_queries), 1 - r
     found = _weights(tau * s, r_x * tau * s, weights, num_keys=num_keys, num_queries=num_queries)
-    base, noise = np.multiply(gain, g.var), _noise(found, tau, kept)
+    base, noise = np.multiply(gain, g.var), _noise(found, r, kept)
     tilt = tau**2 * s / width
     at_x = tilt + tau * s * noise
     per_key = num_queries / num_keys
     at_memory = per_key * (found.square / kept + s * noise) + g.corr * found.shared * (1 + tau * s * r_x)
     memory_cov = per_key * (1 + (num_queries - 1) * np.asarray(g.corr)) / num_keys
+    x_cov = g.corr * (tilt + tau**2 * s * found.pair)  # queries read the same keys: derived here, tag B
     scale = np.asarray(memory.var) / np.asarray(x.var)
-    return GradMoments(base * scale * at_x, ratio(g.corr * tilt, at_x)), GradMoments(
+    return GradMoments(base * scale * at_x, ratio(x_cov, at_x)), GradMoments(
         base * at_memory, ratio(memory_cov, at_memory)
     )
 
@@ -155,11 +158,13 @@ def forward_moments(
     width: int,
     gain: Value,
     attention_dropout: float,
+    closed: bool,
 ) -> Moments:
     """The formula behind `attention` and `cross_attention`, on unit gain: values of `corr`, queries of `query_corr`."""
     tau, kept = 1 - np.asarray(corr), 1 - attention_dropout
     tilt = tau**2 * score_var / width * found.trace
-    total = corr + tau * found.square / kept + tilt
+    single = tau / kept if closed else 1 / kept - np.asarray(corr)  # exactly: dropout strikes what values share too
+    total = corr + single * found.square + tilt
     return Moments(0.0, np.multiply(gain, var) * total, ratio(corr + tau * found.pair + query_corr * tilt, total))
 
 
@@ -182,7 +187,7 @@ def backward_moments(
     """
     r, r_g = np.asarray(corr), np.asarray(g.corr)
     tau, kept = 1 - r, 1 - attention_dropout
-    noise = _noise(found, tau, kept)
+    noise = _noise(found, r, kept)
     tilt = tau**2 * score_var / width * found.trace
     value = r_g * found.shared
     key = score_var * (noise + tau * r * r_g * found.shared_jacobian)
@@ -192,9 +197,9 @@ def backward_moments(
     return GradMoments(np.multiply(gain, g.var) * total, ratio(cov + r_g * tilt, total))
 
 
-def _noise(found: WeightStatistics, tau: Value, kept: float) -> Array:
+def _noise(found: WeightStatistics, corr: Value, kept: float) -> Array:
     """What finite length and dropout of weights add to the query and key paths: e m / L of Section 1.8."""
-    return np.asarray(found.jacobian * tau + found.square * (1 - kept) / kept)
+    return np.asarray(found.jacobian * (1 / kept - corr))
 
 
 def _weights(

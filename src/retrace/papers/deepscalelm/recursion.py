@@ -44,6 +44,10 @@ from retrace.papers.deepscalelm.scheme import AttentionInit, FeedForwardInit, La
 from retrace.papers.deepscalelm.shape import ModelShape
 from retrace.papers.deepscalelm.softmax_weights import MAX_SPREAD
 
+CAUSAL = (
+    "causal attention: positions are taken alike, and the first get far more gradient than the last; measured with 12 "
+    "and 48 layers: variance within 6 %, correlation 14 %, gradient 24 % (Post-LN with Xavier: a factor of 3 to 10)"
+)
 Backward = Callable[[GradMoments], tuple[GradMoments, GradMoments | None]]  # at the branch's input, and at the memory
 
 
@@ -100,6 +104,8 @@ class _Walk:
         self, start: Moments, layers: Sequence[LayerInit], prefix: str, *, causal: bool, memory: Moments | None = None
     ) -> list[_SubBlock]:
         """Forward through the layers; `start` is the embeddings."""
+        if causal:
+            self.note(CAUSAL)
         x, found = (self.normed(start) if self.post else start), []
         profiled = 1.0  # Admin's skip^2: variances so far
         for name, rule, branch in self.branches(layers, prefix, causal=causal, memory=memory):

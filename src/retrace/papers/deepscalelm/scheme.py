@@ -37,7 +37,7 @@ class AttentionInit:
 
 @dataclass(frozen=True)
 class FeedForwardInit:
-    """Standard deviations of the matrices into and out of the hidden layer (a gate: as `inner`), and its residual."""
+    """Standard deviations of the matrices into (a gate too) and out of the hidden layer, and its residual."""
 
     inner: float
     outer: float

@@ -122,7 +122,7 @@ def locate(word: str, *, store: Store) -> tuple[Path, dict[str, str]]:
     found = find_run(word, paper=SLUG, program="train", store=store)
     if found is not None:
         named = {"run": found.run.id, "scale": found.scale, "seed": str(found.seed)}
-        return found.run.path / "model", {"model": found.labels[0], **named}
+        return found.run.path / "model", {"model": word if word in found.labels else found.labels[0], **named}
     from retrace.papers.quietstar.pretrained import find_folder
 
     nothing = f"{word}: no finished train run in {store.runs} (see `retrace status`), no folder"
