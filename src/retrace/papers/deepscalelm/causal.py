@@ -83,18 +83,19 @@ def causal_gains(
     found = np.empty(num_layers)
     skip = 1 - beta_sq * (2 if parallel else 1)
     for layer in range(num_layers):
-        corr = cov / np.sqrt(var[:, None] * var)
+        corr = _corr(var, cov)
         attended = positions.attend(corr, score_var=score_var, attention_dropout=attention_dropout)
         found[layer] = attended.passed
-        branches = [(attended.var, attended.cov * kept)]
+        var, cov = skip * var + beta_sq * attended.var, skip * cov + beta_sq * kept * attended.cov
         if parallel:
-            branches.append((np.ones(size), gain.kernel(corr) * kept))
-        for branch_var, branch_cov in branches:
-            share = skip if branch_var is attended.var else 1.0
-            var, cov = share * var + beta_sq * branch_var, share * cov + beta_sq * branch_cov
+            var, cov = var + beta_sq, cov + beta_sq * kept * gain.kernel(corr)
+            continue
         if cross:
             var, cov = skip * var + beta_sq, skip * cov + beta_sq * kept
-        if not parallel:
-            corr = cov / np.sqrt(var[:, None] * var)
-            var, cov = skip * var + beta_sq, skip * cov + beta_sq * kept * gain.kernel(np.minimum(corr, 1.0))
+        var, cov = skip * var + beta_sq, skip * cov + beta_sq * kept * gain.kernel(_corr(var, cov))
     return found, positions.mean_corr(var, cov)
+
+
+def _corr(var: Array, cov: Array) -> Array:
+    """At most 1, which rounding can pass."""
+    return np.minimum(cov / np.sqrt(var[:, None] * var), 1.0)

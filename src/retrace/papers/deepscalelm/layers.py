@@ -165,16 +165,13 @@ class SubBlock(nn.Module):
         return self.norm(self.join(x_BTD, self.branch(x_BTD, context)))
 
     def join(self, x_BTD: Tensor, branch_BTD: Tensor) -> Tensor:
-        """The sum in two passes over memory, whatever skip and scale are; biases of the branch are scaled with it."""
+        """The sum, in one pass more over memory with a skip than without: the backward one; biases are scaled too."""
         skip, scale, p = self.fixed.skip, self.fixed.scale, self.dropout if self.training else 0.0
-        if self.trained is not None and self.fixed.trained == "skip_vector":
+        if self.trained is None:
+            return torch.add(dropout(branch_BTD, p, scale=scale), x_BTD, alpha=skip)
+        if self.fixed.trained == "skip_vector":
             return torch.addcmul(dropout(branch_BTD, p, scale=scale), x_BTD, self.trained)
-        skipped = x_BTD if skip == 1 else x_BTD * skip
-        if self.trained is not None:
-            return torch.addcmul(skipped, dropout(branch_BTD, p), self.trained)
-        if p == 0:
-            return torch.add(skipped, branch_BTD, alpha=scale)
-        return skipped + dropout(branch_BTD, p, scale=scale)
+        return torch.addcmul(x_BTD if skip == 1 else x_BTD * skip, dropout(branch_BTD, p), self.trained)
 
 
 def rotation(length: int, head_size: int, *, like: Tensor) -> Rotation:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
@@ -128,12 +128,11 @@ def trunk_of(model: nn.Module) -> Trunk | None:
 
 @dataclass(frozen=True)
 class Point:
-    """A tensor of the stream: the input or the output of a module. `layer`: from 0; None: behind or before all."""
+    """A tensor of the stream: the input or the output of a module."""
 
     name: str
     module: nn.Module
-    side: str  # "input" or "output"
-    layer: int | None = None
+    side: Literal["input", "output"]
 
 
 def stream_points(model: nn.Module) -> list[Point]:
@@ -149,7 +148,7 @@ def stream_points(model: nn.Module) -> list[Point]:
         return list(_known_points(trunk))
     points: list[Point] = []
     for path, layers in layer_lists(model):
-        points += [Point(f"{path}.{i}", layer, "input", i) for i, layer in enumerate(layers)]
+        points += [Point(f"{path}.{i}", layer, "input") for i, layer in enumerate(layers)]
         points.append(Point(f"{path}.end", layers[-1], "output"))
     if not points:
         raise ValueError(f"{type(model).__name__} has no list of layers (nn.ModuleList): name the points to measure")
@@ -162,12 +161,12 @@ def _our_points(model: Transformer) -> list[Point]:
     for stack in (model.stack, model.decoder):
         if stack is None:
             continue
-        for index, layer in enumerate(stack.layers):
+        for layer in stack.layers:
             for block in cast(Layer, layer).sub_blocks():
                 name = names[block]
-                points.append(Point(name, block, "input", index))
+                points.append(Point(name, block, "input"))
                 if block.placement == "post":
-                    points.append(Point(f"{name}.sum", block.norm, "input", index))
+                    points.append(Point(f"{name}.sum", block.norm, "input"))
         points.append(Point(f"{names[stack]}.end", block, "output"))
     return points
 
@@ -178,9 +177,9 @@ def _known_points(trunk: Trunk) -> Iterator[Point]:
         for which, name in enumerate(("attention", "feed_forward")):
             at, norm = f"{trunk.path}.{index}.{name}", module(layer, layout.norms[which])
             if layout.placement == "pre":
-                yield Point(at, norm, "input", index)
+                yield Point(at, norm, "input")
             else:
-                first = Point(at, layer, "input", index)
-                yield first if which == 0 else Point(at, module(layer, layout.norms[0]), "output", index)
-                yield Point(f"{at}.sum", norm, "input", index)
+                first = Point(at, layer, "input")
+                yield first if which == 0 else Point(at, module(layer, layout.norms[0]), "output")
+                yield Point(f"{at}.sum", norm, "input")
     yield Point(f"{trunk.path}.end", trunk.layers[-1], "output")
