@@ -38,6 +38,13 @@ def arm_profiles(notes: Mapping[str, Sequence[Mapping[str, object]]]) -> dict[st
     return found
 
 
+def every_profile(name: str, notes: Mapping[str, Sequence[Mapping[str, object]]]) -> Iterator[Figure]:
+    """All figures of an ablation; their names begin with `name`."""
+    for title, (logarithmic, arms) in arm_profiles(notes).items():
+        word = "".join(c if c.isalnum() else "-" for c in title)
+        yield from profile_figures(f"{name}--{word}", title, arms, logarithmic=logarithmic)
+
+
 def profile_figures(name: str, title: str, arms: Sequence[ArmProfile], *, logarithmic: bool) -> Iterator[Figure]:
     """One figure for every few arms, as many as there are colours; all on one scale."""
     values = [y for arm in arms for curve in (*arm.measured, arm.predicted) for _, y in curve]

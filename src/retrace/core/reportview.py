@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from retrace.core.claims import Claim
 from retrace.core.figures import ArmValues, curve_figure, joint_figure, sample_figure, verdict_bar
 from retrace.core.plan import Ablation
-from retrace.core.profiles import arm_profiles, profile_figures
+from retrace.core.profiles import every_profile
 from retrace.core.record import Record
 from retrace.core.samples import DIVERGED, Chain, Sample, Samples
 from retrace.core.stats import Estimate, estimate, paired_differences
@@ -163,7 +164,9 @@ def view_ablation(ablation: Ablation, samples: Samples, *, own: Sequence[str], o
             for curve in samples.series(name)
             if not curve.startswith(DIAGNOSTICS)
         ),
-        profiles=tuple(_profile_figures(name, arms, chains)),
+        profiles=tuple(
+            every_profile(_file(name, "profile"), {arm: _notes(chains.get(arm, {}), "profiles") for arm in arms})
+        ),
         joints=tuple(figure for arm in arms if (figure := _joint_figure(name, arm, chains.get(arm, {}))) is not None),
         records=tuple(
             (arm, seed, record)
@@ -191,7 +194,7 @@ def _curve_figure(ablation: str, arms: Sequence[str], samples: Samples, name: st
 
 def _joint_figure(ablation: str, arm: str, chains: Mapping[int, Chain]) -> Figure | None:
     """The joint distribution that an arm's records hold, its counts summed over the seeds; None where there is none."""
-    notes = [r.provenance["joint"] for chain in chains.values() for r in chain.records if "joint" in r.provenance]
+    notes = _notes(chains, "joint")
     if not notes:
         return None
     rows = zip(*(note["counts"] for note in notes), strict=True)  # of bins that are the same for all
@@ -207,13 +210,9 @@ def _joint_figure(ablation: str, arm: str, chains: Mapping[int, Chain]) -> Figur
     )
 
 
-def _profile_figures(ablation: str, arms: Sequence[str], chains: Mapping[str, Mapping[int, Chain]]) -> Iterator[Figure]:
-    """What the records hold of quantities over depth, a figure of each for every few arms."""
-    records = {arm: [r for chain in chains.get(arm, {}).values() for r in chain.records] for arm in arms}
-    notes = {arm: [r.provenance["profiles"] for r in found if "profiles" in r.provenance]
-             for arm, found in records.items()}  # fmt: skip
-    for title, (logarithmic, found) in arm_profiles(notes).items():
-        yield from profile_figures(_file(ablation, "profile", title), title, found, logarithmic=logarithmic)
+def _notes(chains: Mapping[int, Chain], name: str) -> list[Any]:
+    """What the runs of an arm have noted under a name."""
+    return [r.provenance[name] for chain in chains.values() for r in chain.records if name in r.provenance]
 
 
 def _file(*parts: str) -> str:
