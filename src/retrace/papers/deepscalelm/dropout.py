@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEVELS = 2**16  # a mask is made of 16 random bits an element: p is rounded to a multiple of 1/65536
-LEAST = 2**12  # elements: below it, seeding a generator costs more than torch's draws
+LEAST = 2**13  # elements: below it, seeding a generator costs more than torch's draws
 
 
 def dropout(x: Tensor, p: float, *, scale: float = 1.0) -> Tensor:
