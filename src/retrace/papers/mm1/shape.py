@@ -23,6 +23,7 @@ class VisionShape(Frozen):
     num_layers: int = Field(ge=1)
     num_heads: int = Field(ge=1)
     intermediate_size: int = Field(ge=1)
+    conv_stem: bool = False  # 3x3 convolutions of stride 2 before the patches (Section 5); not for a pretrained one
 
     @model_validator(mode="after")
     def _patches_divide(self) -> Self:
