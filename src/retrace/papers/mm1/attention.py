@@ -80,7 +80,8 @@ class Tokens:
         owner_T = batch.document_ids_BL.flatten()[kept_T] + (kept_T // length) * (length + 1)
         lengths = owner_T.unique_consecutive(return_counts=True)[1].tolist()
         texts = (batch.input_ids_BL, batch.position_ids_BL, batch.labels_BL)
-        return cls(*(x.flatten()[kept_T] for x in texts), Documents.of(lengths, device=kept_T.device), kept_T)
+        ids_T, positions_T, labels_T = (x.flatten()[kept_T] for x in texts)
+        return cls(ids_T, positions_T, labels_T, Documents.of(lengths, device=kept_T.device), kept_T)
 
 
 def attention(
@@ -102,7 +103,9 @@ def attention(
         )
     window = options.get("sliding_window")
     if window is not None and documents.longest > window:
-        raise ValueError(f"a document of {documents.longest} tokens in a decoder with a window of {window}: cut it shorter")
+        raise ValueError(
+            f"a document of {documents.longest} tokens in a decoder with a window of {window}: cut it shorter"
+        )
     several = query_BATE.shape[1] != key_BGTE.shape[1]
     tokens = [x[0].transpose(0, 1) for x in (query_BATE, key_BGTE, value_BGTE)]  # (T, A or G, E)
     found = []

@@ -14,6 +14,8 @@ the decoder's size.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,9 +79,7 @@ class Bottleneck(nn.Module):
         self.expand_norm = nn.LayerNorm(out_size, eps=EPSILON)
         self.shortcut: nn.Module = nn.Identity()
         if in_size != out_size:
-            self.shortcut = nn.Sequential(
-                nn.Linear(in_size, out_size, bias=False), nn.LayerNorm(out_size, eps=EPSILON)
-            )
+            self.shortcut = nn.Sequential(nn.Linear(in_size, out_size, bias=False), nn.LayerNorm(out_size, eps=EPSILON))
 
     def forward(self, map_MggD: Tensor) -> Tensor:
         """(M, g, g, H)."""
@@ -100,7 +100,7 @@ class CAbstractor(nn.Module):
         self.positions = nn.Parameter(torch.empty(grid * grid, in_size).normal_(std=0.02)) if depth else None
         inner = hidden_size if depth else in_size
         sizes = [in_size] + [inner] * (2 * depth)
-        blocks = [Bottleneck(before, after) for before, after in zip(sizes, sizes[1:], strict=False)]
+        blocks = [Bottleneck(before, after) for before, after in pairwise(sizes)]
         self.before, self.behind = nn.Sequential(*blocks[:depth]), nn.Sequential(*blocks[depth:])
         self.read_out = nn.Sequential(nn.Linear(inner, out_size), nn.SiLU(), nn.Linear(out_size, out_size))
 

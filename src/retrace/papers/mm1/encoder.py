@@ -27,13 +27,21 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils.constants import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils.constants import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
 from retrace.core.data import derive_seed
 from retrace.papers.mm1.shape import VisionShape
 
 log = logging.getLogger("retrace")
-CLASSES = {"clip_vision_model": (CLIPVisionModel, CLIPVisionConfig), "siglip_vision_model": (SiglipVisionModel, SiglipVisionConfig)}
+CLASSES = {
+    "clip_vision_model": (CLIPVisionModel, CLIPVisionConfig),
+    "siglip_vision_model": (SiglipVisionModel, SiglipVisionConfig),
+}
 WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # models with a text tower, which is left out
 PIXELS = {  # mean and standard deviation of a channel that each family was trained with
     "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
@@ -74,11 +82,15 @@ class ConvStem(nn.Module):
 class VisionEncoder(nn.Module):
     """Patch features of images. `layer` counts hidden states from the end, -1 is the last one, normalised."""
 
-    def __init__(self, trunk: PreTrainedModel, *, pixels: tuple[Sequence[float], Sequence[float]], layer: int = -1) -> None:
+    def __init__(
+        self, trunk: PreTrainedModel, *, pixels: tuple[Sequence[float], Sequence[float]], layer: int = -1
+    ) -> None:
         super().__init__()
         if not -trunk.config.num_hidden_layers <= layer <= -1:
             raise ValueError(f"layer={layer}: expected -1 (the last) to -{trunk.config.num_hidden_layers} (the first)")
         self.trunk, self.layer = trunk, layer
+        self.mean: Tensor
+        self.std: Tensor
         for name, values in zip(("mean", "std"), pixels, strict=True):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1))
         self._freeze_unused()
@@ -121,7 +133,9 @@ class VisionEncoder(nn.Module):
         """
         height, width = images_M3RR.shape[-2:]
         if height != width or height % self.patch_size:
-            raise ValueError(f"images of {height}x{width} pixels: expected squares, sides a multiple of {self.patch_size}")
+            raise ValueError(
+                f"images of {height}x{width} pixels: expected squares, sides a multiple of {self.patch_size}"
+            )
         found = self.trunk(
             (images_M3RR - self.mean) / self.std,
             interpolate_pos_encoding=height != self.image_size,

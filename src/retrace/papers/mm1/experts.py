@@ -21,7 +21,7 @@ from retrace.papers.mm1.shape import ExpertsShape
 
 
 class Routing(NamedTuple):
-    """Of one layer and pass, scalars: both losses without their weights, and the busiest expert's share of the tokens."""
+    """Of one layer and pass, scalars: both losses without their weights, and the busiest expert's share of choices."""
 
     load_balance: Tensor  # X * sum_x (share of the choices) * (mean probability): 1 when even, up to X
     router_z: Tensor  # mean squared logsumexp of the router's logits
@@ -71,13 +71,11 @@ def add_experts(trunk: PreTrainedModel, shape: ExpertsShape, *, copied: bool) ->
     """Experts in every `every`-th layer of a dense model, the last of each group; in place.
 
     `copied` ones start as the dense MLP (which is undisclosed; specification: C), so that the model's function does not
-    change at first; else all start as random. Raises ValueError where no layer would get any, or top_k is too many.
+    change at first; else all start as random. Raises ValueError where no layer would get any.
     """
     layers, config = trunk.model.layers, trunk.config
     if shape.every > len(layers):
         raise ValueError(f"experts.every={shape.every} with {len(layers)} layers: no layer would have experts")
-    if shape.top_k > shape.num_experts:
-        raise ValueError(f"experts.top_k={shape.top_k} with num_experts={shape.num_experts}: expected at most as many")
     for layer in layers[shape.every - 1 :: shape.every]:
         dense, sizes = layer.mlp, {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
         like = {"device": dense.down_proj.weight.device, "dtype": dense.down_proj.weight.dtype}
