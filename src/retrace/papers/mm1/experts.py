@@ -51,9 +51,11 @@ class Experts(nn.Module):
         order_S = expert_TK.flatten().argsort(stable=True)  # S = T * K choices, expert by expert
         token_S = order_S // self.top_k
         found = []
-        for number, rows in enumerate(x_TC[token_S].split(counts_X.tolist())):
-            gate, up = F.linear(rows, self.gate_up_XIC[number]).chunk(2, -1)
-            found.append(F.linear(self.activation(gate) * up, self.down_XCI[number]))
+        groups = x_TC[token_S].split(counts_X.tolist())
+        weights = (self.gate_up_XIC.unbind(), self.down_XCI.unbind())  # indexed, each would have a gradient of all X
+        for rows, gate_up_IC, down_CI in zip(groups, *weights, strict=True):
+            gate, up = F.linear(rows, gate_up_IC).chunk(2, -1)
+            found.append(F.linear(self.activation(gate) * up, down_CI))
         mixed_SC = torch.cat(found) * weight_TK.flatten()[order_S, None]
         return torch.zeros_like(x_TC).index_add(0, token_S, mixed_SC).view_as(x_BTC)
 
