@@ -54,11 +54,12 @@ def test_changing_one_document_changes_no_logit_of_another(experts: object) -> N
     torch.testing.assert_close(after[~changed], before[~changed], atol=1e-6, rtol=0)
 
 
-def test_a_packed_document_has_the_logits_it_has_alone() -> None:
+@pytest.mark.parametrize("rows", [ROWS, [[ROWS[0][0]], [ROWS[1][1]]]], ids=["several a row", "one a row"])
+def test_a_packed_document_has_the_logits_it_has_alone(rows: list[list[list[int | str]]]) -> None:
     model = tiny_model()
-    batch = pack(ROWS)
+    batch = pack(rows)
     packed, used = model.logits(batch), 0
-    for row, documents in enumerate(ROWS):
+    for row, documents in enumerate(rows):
         start = 0
         for document in documents:
             count, length = document.count("image"), len(place(document))
@@ -114,6 +115,19 @@ def test_a_document_longer_than_a_sliding_window_is_refused(tmp_path: Path) -> N
     AutoConfig.for_model("gpt2").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a model of type gpt2: expected one of llama"):
         load_decoder(str(tmp_path))
+
+
+def test_a_loaded_decoder_gets_room_for_new_tokens_and_copies_of_its_mlps(tmp_path: Path) -> None:
+    dense = tiny_decoder()
+    dense.trunk.save_pretrained(tmp_path)
+    larger = load_decoder(str(tmp_path), vocab_size=VOCAB + 3, experts=EXPERTS)
+    tokens = decoder_module.Tokens.of(pack([[[5, 6, 7, 8]]]))
+    expected = dense.logits(dense.hidden(tokens, dense.embed(tokens.input_ids_T)))
+    found = larger.logits(larger.hidden(tokens, larger.embed(tokens.input_ids_T)))
+    assert found.shape[1] == larger.vocab_size == VOCAB + 3
+    torch.testing.assert_close(found[:, :VOCAB], expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="vocab_size=10: .* has 50 tokens already"):
+        load_decoder(str(tmp_path), vocab_size=10)
 
 
 def test_logits_equal_those_of_transformers_llava_with_the_same_weights() -> None:
@@ -324,6 +338,16 @@ def test_a_saved_model_comes_back_bit_for_bit(kind: str, tmp_path: Path) -> None
     half = load_model(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert torch.isfinite(half(batch).loss)
+
+
+def test_a_model_goes_on_at_another_resolution_with_the_tokens_it_had(tmp_path: Path) -> None:
+    model, images = tiny_model(), torch.rand(2, 3, 24, 24)
+    expected = model.image_tokens(images)  # interpolated on the fly
+    model.resize_images(24)
+    torch.testing.assert_close(model.image_tokens(images), expected, atol=1e-5, rtol=1e-5)
+    save_pretrained(model, tmp_path)
+    assert torch.equal(load_model(tmp_path).image_tokens(images), model.image_tokens(images))
+    assert model.encoder.grid == 6
 
 
 def test_parts_are_saved_alone_too_and_a_part_is_no_whole(tmp_path: Path) -> None:

@@ -104,6 +104,12 @@ class CAbstractor(nn.Module):
         self.before, self.behind = nn.Sequential(*blocks[:depth]), nn.Sequential(*blocks[depth:])
         self.read_out = nn.Sequential(nn.Linear(inner, out_size), nn.SiLU(), nn.Linear(out_size, out_size))
 
+    @torch.no_grad()
+    def resize(self, grid: int) -> None:
+        """Positions for another grid from now on, to be trained there."""
+        if self.positions is not None:
+            self.positions = nn.Parameter(interpolated(self.positions, grid=grid).clone())
+
     def forward(self, features_MPD: Tensor) -> Tensor:
         """(M, N, C)."""
         map_MggD = _square(features_MPD)

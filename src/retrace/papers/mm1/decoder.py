@@ -143,13 +143,26 @@ def build_decoder(
 
 
 def load_decoder(
-    name: str, *, experts: ExpertsShape | None = None, revision: str = "main", dtype: torch.dtype = torch.float32
+    name: str,
+    *,
+    experts: ExpertsShape | None = None,
+    vocab_size: int | None = None,
+    revision: str = "main",
+    dtype: torch.dtype = torch.float32,
 ) -> Decoder:
-    """A dense decoder from the hub or a folder; with `experts`, copies of its MLPs. Raises ValueError for others."""
+    """A dense decoder from the hub or a folder; with `experts`, copies of its MLPs.
+
+    A `vocab_size` above its own makes room for new tokens, such as the image token. Raises ValueError for other models
+    and for one below it.
+    """
     found = AutoConfig.from_pretrained(name, revision=revision).model_type
     if found not in FAMILIES:
         raise ValueError(f"{name}: a model of type {found}: expected one of {', '.join(FAMILIES)}")
     trunk = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True)
+    if vocab_size is not None and vocab_size < trunk.config.vocab_size:
+        raise ValueError(f"vocab_size={vocab_size}: {name} has {trunk.config.vocab_size} tokens already")
+    if vocab_size is not None and vocab_size > trunk.config.vocab_size:
+        trunk.resize_token_embeddings(vocab_size, mean_resizing=False)
     if experts is not None:
         add_experts(trunk, experts, copied=True)
     return Decoder(trunk, experts=experts)

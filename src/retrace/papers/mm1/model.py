@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from retrace.papers.mm1.attention import Tokens
-from retrace.papers.mm1.connectors import build_connector
+from retrace.papers.mm1.connectors import CAbstractor, build_connector
 from retrace.papers.mm1.decoder import Decoder, Output
-from retrace.papers.mm1.encoder import VisionEncoder
+from retrace.papers.mm1.encoder import VisionEncoder, resized
 from retrace.papers.mm1.rows import PackedBatch
 from retrace.papers.mm1.shape import ConnectorShape
 
@@ -82,6 +82,15 @@ class MultimodalModel(nn.Module):
             blank_1NC = self.image_tokens(images_M3RR.new_zeros(1, 3, size, size))
             return text_TC + 0.0 * blank_1NC.sum().to(text_TC.dtype)
         return text_TC
+
+    def resize_images(self, image_size: int) -> None:
+        """Go on at another resolution: positions are interpolated, in place (2.4). Before an optimizer is built.
+
+        Raises ValueError for a size that the patches do not divide.
+        """
+        self.encoder = resized(self.encoder, image_size)
+        if isinstance(self.connector, CAbstractor):
+            self.connector.resize(self.encoder.grid)
 
     def train_only(self, parts: Collection[Part]) -> None:
         """Freeze the other parts. Raises ValueError for a name that is none, or for no part at all."""
