@@ -17,7 +17,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -146,7 +146,7 @@ class HubDataset(_Corpus):
             stream = datasets.load_dataset(
                 self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True
             )
-            stream = stream.decode(False) if stream.features is not None else stream
+            stream = _undecoded(stream)
             count = stream.num_shards
         except (OSError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(f"{self.dataset}: {_reason(error)}; {self._instead}") from error
@@ -217,6 +217,19 @@ def _root(name: str) -> Path:
     return root
 
 
+@lru_cache(maxsize=1024)  # opening takes longer than reading a few hundred rows
+def _open(file: Path) -> Any:
+    """A file as a stream of `datasets`, image files as their bytes; of a tar it reads five rows to learn the fields."""
+    import datasets
+
+    stream = datasets.load_dataset(BUILDERS[file.suffix], data_files=[str(file)], split="train", streaming=True)
+    return _undecoded(stream)
+
+
+def _undecoded(stream: Any) -> Any:
+    return stream if stream.features is None else stream.decode(False)
+
+
 def _file_rows(file: Path, start: int) -> Iterator[Row]:
     """Rows of one file. Raises EndsEarly where it is damaged behind them."""
     if file.suffix == ".jsonl":
@@ -225,9 +238,7 @@ def _file_rows(file: Path, start: int) -> Iterator[Row]:
     import datasets
 
     try:
-        stream = datasets.load_dataset(BUILDERS[file.suffix], data_files=[str(file)], split="train", streaming=True)
-        stream = stream.decode(False) if stream.features is not None else stream
-        yield from stream.skip(start)
+        yield from _open(file).skip(start)
     except (tarfile.TarError, ValueError, EOFError, OSError, zlib.error, datasets.exceptions.DatasetsError) as error:
         raise EndsEarly(_reason(error)) from error
 

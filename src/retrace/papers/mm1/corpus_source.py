@@ -40,7 +40,8 @@ class CorpusSource:
     ) -> None:
         self.config, self.tokenizer, self.image_id, self.seed = config, tokenizer, image_id, seed
         self._shards = config.shards()
-        self._short: dict[str, str] = {}  # shard that ends early -> why
+        self._short: dict[str, int] = {}  # shard that ends early -> its rows
+        self._why = "they are empty"
         self._empty: set[tuple[int, int]] = set()  # (shard, row) without text
         self._counts: Counter[str] = Counter()
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count())
@@ -63,13 +64,14 @@ class CorpusSource:
                     yield (epoch, place, number), draft
                 start = 0
             if not found:
-                why = next(iter(self._short.values()), "they are empty")
-                raise ValueError(f"{self.config.document}: no document in {count} shards: {why}")
+                raise ValueError(f"{self.config.document}: no document in {count} shards: {self._why}")
             mark, first, epoch = (), 0, epoch + 1
 
     def _rows(self, shard: int, start: int) -> Iterator[tuple[int, Row]]:
         """Rows of a shard with their numbers; where it is damaged it ends, with one warning."""
         name = self._shards[shard].name
+        if self._short.get(name) == 0:
+            return
         number = start
         try:
             for row in self._shards[shard].rows(start):
@@ -78,9 +80,9 @@ class CorpusSource:
         except EndsEarly as error:
             if name not in self._short:
                 log.warning(
-                    "%s: ends early, behind %d rows (%s): get it anew; the run goes on without", name, number, error
+                    "%s: ends early, behind %d rows (%s): the run goes on without the rest", name, number, error
                 )
-            self._short[name] = str(error)
+            self._short[name], self._why = number, str(error)
 
     def _draft(self, row: Row, name: str) -> Draft | None:
         """A row as a document, None where it says nothing."""
