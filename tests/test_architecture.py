@@ -16,9 +16,9 @@ PAPERS = sorted(path.name for path in (SOURCE / "papers").iterdir() if (path / "
 # Layer 0 answers at once on a login node: no torch, also not through what it imports.
 LAYER_0 = {
     "cli", "core.claims", "core.compose", "core.config", "core.cost", "core.doctor", "core.figures", "core.identity",
-    "core.launch", "core.paper", "core.plan", "core.planview", "core.progress", "core.provenance", "core.record",
-    "core.report", "core.reportview", "core.results", "core.samples", "core.stats", "core.store", "core.svg",
-    "core.tasks", "core.units", "core.verdicts",
+    "core.launch", "core.paper", "core.plan", "core.planview", "core.profiles", "core.progress", "core.provenance",
+    "core.record", "core.report", "core.reportview", "core.results", "core.samples", "core.stats", "core.store",
+    "core.svg", "core.tasks", "core.texts", "core.units", "core.verdicts",
 }  # fmt: skip
 HOMES = {
     "hydra": ("core.compose",), "wandb": ("core.tracking",), "lm_eval": ("core.evaluate", "plugin"),
@@ -32,6 +32,7 @@ PURE = {
     "core.samples",
     "core.stats",
     "core.figures",
+    "core.profiles",
     "core.svg",
 }
 

@@ -112,7 +112,10 @@ def render(
     }
     environment = _environment()
     environment.filters["pages"] = lambda record: page_links(record, pages)
-    figures = [overview, *(figure for view in views for figure in (*view.figures, *view.curves, *view.joints))]
+    figures = [
+        overview,
+        *(figure for view in views for figure in (*view.figures, *view.curves, *view.profiles, *view.joints)),
+    ]
     files = {f"figures/{figure.name}.svg": figure.standalone() for figure in figures}
     files["REPORT.md"] = re.sub(r"\n{3,}", "\n\n", environment.get_template("report.md.j2").render(page))
     files["index.html"] = environment.get_template("index.html.j2").render(page)

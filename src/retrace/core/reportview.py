@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from retrace.core.claims import Claim
 from retrace.core.figures import ArmValues, curve_figure, joint_figure, sample_figure, verdict_bar
 from retrace.core.plan import Ablation
+from retrace.core.profiles import every_profile
 from retrace.core.record import Record
 from retrace.core.samples import DIVERGED, Chain, Sample, Samples
 from retrace.core.stats import Estimate, estimate, paired_differences
@@ -15,6 +18,8 @@ from retrace.core.svg import Figure, decimals, number
 from retrace.core.verdicts import OUTCOMES, Verdict
 
 DIAGNOSTICS = ("grad_norm/", "optim/", "speed/")  # curves for whoever debugs a run; W&B and metrics.jsonl have them
+
+MOST_NAME = 120  # characters of a figure's file name: file systems take 255 bytes
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class AblationView:
     figures: tuple[Figure, ...]
     other: tuple[Table, ...]
     curves: tuple[Figure, ...]
+    profiles: tuple[Figure, ...]  # of quantities over the depth of a model, some arms each
     joints: tuple[Figure, ...]  # how two values of a run's items go together, an arm each, all seeds
     records: tuple[tuple[str, int, Record], ...]  # (arm, seed, record), chains in order
 
@@ -158,6 +164,9 @@ def view_ablation(ablation: Ablation, samples: Samples, *, own: Sequence[str], o
             for curve in samples.series(name)
             if not curve.startswith(DIAGNOSTICS)
         ),
+        profiles=tuple(
+            every_profile(_file(name, "profile"), {arm: _notes(chains.get(arm, {}), "profiles") for arm in arms})
+        ),
         joints=tuple(figure for arm in arms if (figure := _joint_figure(name, arm, chains.get(arm, {}))) is not None),
         records=tuple(
             (arm, seed, record)
@@ -185,7 +194,7 @@ def _curve_figure(ablation: str, arms: Sequence[str], samples: Samples, name: st
 
 def _joint_figure(ablation: str, arm: str, chains: Mapping[int, Chain]) -> Figure | None:
     """The joint distribution that an arm's records hold, its counts summed over the seeds; None where there is none."""
-    notes = [r.provenance["joint"] for chain in chains.values() for r in chain.records if "joint" in r.provenance]
+    notes = _notes(chains, "joint")
     if not notes:
         return None
     rows = zip(*(note["counts"] for note in notes), strict=True)  # of bins that are the same for all
@@ -201,8 +210,17 @@ def _joint_figure(ablation: str, arm: str, chains: Mapping[int, Chain]) -> Figur
     )
 
 
+def _notes(chains: Mapping[int, Chain], name: str) -> list[Any]:
+    """What the runs of an arm have noted under a name."""
+    return [r.provenance[name] for chain in chains.values() for r in chain.records if name in r.provenance]
+
+
 def _file(*parts: str) -> str:
-    return "--".join("".join(c if c.isalnum() or c in "_." else "-" for c in part) for part in parts)
+    """A name for a figure's file; a long one, as of an arm with many overrides, is cut and told apart by a hash."""
+    name = "--".join("".join(c if c.isalnum() or c in "_." else "-" for c in part) for part in parts)
+    if len(name) <= MOST_NAME:
+        return name
+    return f"{name[:MOST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _table(ablation: Ablation, arms: Sequence[str], samples: Samples, metric: str) -> Table:

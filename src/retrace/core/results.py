@@ -49,5 +49,6 @@ def planned_runs(slug: str, *, scale: str, store: Store) -> list[Planned]:
     for spec in plan([slug], [f"scale={scale}"]):
         state = store.run(spec.id).state()
         status = recorded.get(spec.id, state.status)
-        runs.append(Planned(spec.id, spec.program, spec.labels, status, "" if spec.id in recorded else state.reason))
+        reason = "" if spec.id in recorded else state.reason
+        runs.append(Planned(spec.id, spec.program, spec.labels, status, reason, spec.accepts_diverged))
     return runs
