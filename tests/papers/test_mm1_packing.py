@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retrace.papers.mm1.documents import ProceduralSource
+from retrace.papers.mm1.documents import ProceduralSource, build_tokenizer, draft
+from retrace.papers.mm1.images import draw
 from retrace.papers.mm1.mixture import Draws, Mixture
 from retrace.papers.mm1.packing import Draft, Picture, Window, collate, fill
+from retrace.papers.mm1.pairs import Pairs
 from retrace.papers.mm1.rows import IGNORED, Document, PackedBatch, Piece
 from retrace.papers.mm1.stream import Ahead, Stream
 from retrace.papers.mm1.world import IMAGE, PAD, WorldConfig, vocabulary
@@ -90,7 +92,9 @@ def test_long_documents_are_refused_where_that_is_asked_and_so_are_rows_without_
     refusing = Window(10, 4, 3, pad_id=0, image_id=9, too_long="refuse")
     with pytest.raises(ValueError, match="a document of text has 11 tokens and 0 images, rows have seq_len=10"):
         refusing.cut(Draft([Piece(tuple(range(11)))], "text"))
-    with pytest.raises(ValueError, match="image_tokens=9 with seq_len=9 .* choose longer rows or fewer image tokens"):
+    with pytest.raises(
+        ValueError, match="image_tokens=9 of 1 sub-images with seq_len=9 .* choose longer rows or fewer image tokens"
+    ):
         window(9, image_tokens=9)
 
 
@@ -139,8 +143,8 @@ def test_images_stand_in_the_order_of_their_positions() -> None:
 def test_rows_are_the_same_however_they_are_asked_for(tmp_path: Path) -> None:
     """Forwards, backwards, alone, in another process, with and without marks, and with a torn file of marks."""
     kept = stream(marks=tmp_path)
-    whole = kept(range(600))
-    for start in (590, 3, 300):
+    whole = kept(range(400))
+    for start in (390, 3, 300):
         part = range(start, start + 4)
         wanted = {name: whole[name][start : start + 4] for name in whole if name != "images_M3RR"}
         for other in (kept, stream(), stream(marks=tmp_path)):
@@ -193,10 +197,54 @@ def test_a_document_that_is_too_long_is_cut_counted_and_warned_of_once(caplog: p
     assert [record.message.split(":")[0] for record in caplog.records] == ["text"]
     assert "is cut into several" in caplog.text
     notes = rows.notes(50)
-    assert notes["data/text/cut"] > 10
+    assert notes["data/text/too_long"] > 10
     assert (notes["data/text/rows"], notes["data/text/odd"]) == (50, 3)
     with pytest.raises(ValueError, match="weights name text, but the sources are a: add it, or weigh it 0"):
         Stream(Mixture(weights={"text": 1.0}), {"a": Long()}, window=window(10), image_size=2, seed=0)
+
+
+def test_sub_images_take_the_positions_that_the_window_gave_them() -> None:
+    whole = Window(200, 4, 8, pad_id=vocabulary()[PAD], image_id=vocabulary()[IMAGE], sub_images=5)
+
+    def five(pieces: Sequence[Piece]) -> list[Piece]:
+        return [own for piece in pieces for own in ([piece] if piece.image is None else [piece] * 5)]
+
+    sources = {"interleaved": ProceduralSource(WORLD, "interleaved", 0)}
+    rows = Stream(Mixture(weights={"interleaved": 1.0}), sources, window=whole, image_size=8, seed=0, split=five)
+    batch = rows(range(100))
+    assert (batch["input_ids_BL"] == whole.image_id).sum() == 4 * len(batch["images_M3RR"])
+    for row in rows.documents(range(100)):
+        assert sum(whole.size(document)[0] for document in row) <= 200
+
+
+def test_a_pair_is_an_image_and_its_caption_trimmed_and_padded(caplog: pytest.LogCaptureFixture) -> None:
+    ids = vocabulary()
+    options: dict[str, int] = {"image_size": 8, "pad_id": ids[PAD], "image_id": ids[IMAGE], "seed": 0}
+    whole = Pairs(ProceduralSource(WORLD, "synthetic", 0), max_tokens=12, **options)
+    batch = whole(range(200))
+    assert batch["images_B3RR"].shape == (200, 3, 8, 8)
+    assert batch["input_ids_BT"].shape == batch["attention_mask_BT"].shape == (200, 12)
+    assert (batch["attention_mask_BT"].sum(1) == 11).all()  # <bos> a photo of, six words, <eos>
+    shown = {
+        scene.caption: image
+        for scene in (draft.what for draft in pictures(200))
+        for image in draw([scene], image_size=8)
+    }
+    for tokens, image in zip(batch["input_ids_BT"], batch["images_B3RR"], strict=True):
+        caption = build_tokenizer().decode(tokens[4:10])
+        assert caption not in shown or torch.equal(shown[caption], image)
+    assert same(whole(range(190, 194)), {name: value[190:194] for name, value in batch.items()})
+    short = Pairs(ProceduralSource(WORLD, "synthetic", 0), max_tokens=6, **options)
+    assert torch.equal(short(range(8))["input_ids_BT"][:, :4], batch["input_ids_BT"][:8, :4])
+    assert "is trimmed; others are only counted" in caplog.text
+    assert short.stream.notes(8)["data/pairs/too_long"] > 8
+    with pytest.raises(ValueError, match="a document with 0 images is no pair"):
+        Pairs(ProceduralSource(WORLD, "text", 0), max_tokens=40, **options)(range(2))
+
+
+def pictures(count: int) -> list[Picture]:
+    drafts = [draft(WORLD, kind="synthetic", seed=0, index=index) for index in range(count)]
+    return [part for own in drafts for part in own.parts if isinstance(part, Picture)]
 
 
 def test_computing_ahead_changes_no_batch() -> None:

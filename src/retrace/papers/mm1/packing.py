@@ -34,34 +34,37 @@ class Draft:
 
 @dataclass(frozen=True)
 class Window:
-    """What a row holds. A document that is too long is cut between its parts or within text, or it is refused."""
+    """What a row holds. A document that is too long is cut between its parts or within text, trimmed, or refused."""
 
     seq_len: int  # positions
     image_tokens: int  # positions of an image
     max_images: int
     pad_id: int
     image_id: int
-    too_long: Literal["cut", "refuse"] = "cut"
+    sub_images: int = 1  # that an image of a draft becomes (Section 2.4); each takes `image_tokens`
+    too_long: Literal["cut", "trim", "refuse"] = "cut"  # into rows of its own; to its beginning; or an error
 
     def __post_init__(self) -> None:
-        if self.image_tokens >= self.seq_len or self.max_images < 1:
+        if self.image_tokens * self.sub_images >= self.seq_len or self.max_images < 1:
             raise ValueError(
-                f"image_tokens={self.image_tokens} with seq_len={self.seq_len} and max_images={self.max_images}: "
-                "a row must hold one image and one more token; choose longer rows or fewer image tokens"
+                f"image_tokens={self.image_tokens} of {self.sub_images} sub-images with seq_len={self.seq_len} and "
+                f"max_images={self.max_images}: a row must hold one image and one more token; choose longer rows or "
+                "fewer image tokens"
             )
 
     def size(self, draft: Draft | Document) -> tuple[int, int]:
-        """Positions, and images among them."""
+        """Positions, and images."""
         parts = draft.parts if isinstance(draft, Draft) else draft.pieces
         images = sum(isinstance(part, Picture) or part.image is not None for part in parts)
         text = sum(len(part.token_ids) for part in parts if isinstance(part, Piece))
-        return text + images * self.image_tokens, images
+        tokens = self.image_tokens * (self.sub_images if isinstance(draft, Draft) else 1)
+        return text + images * tokens, images
 
     def fits(self, size: tuple[int, int]) -> bool:
         return size[0] <= self.seq_len and size[1] <= self.max_images
 
     def cut(self, draft: Draft) -> list[Draft]:
-        """The draft itself, or pieces of it that fit. Nothing is lost and no image is cut in two.
+        """The draft itself, or pieces of it that fit. No image is cut in two, and nothing is lost unless trimmed.
 
         Raises ValueError for one that does not fit where those are refused.
         """
@@ -73,7 +76,8 @@ class Window:
                 f"a document of {draft.source} has {size[0]} tokens and {size[1]} images, rows have seq_len="
                 f"{self.seq_len} and max_images={self.max_images}: choose longer rows, or too_long=cut"
             )
-        return list(self._pieces(draft))
+        pieces = list(self._pieces(draft))
+        return pieces[:1] if self.too_long == "trim" else pieces
 
     def _pieces(self, draft: Draft) -> Iterator[Draft]:
         held: list[Piece | Picture] = []

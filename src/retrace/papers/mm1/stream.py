@@ -48,7 +48,7 @@ class Reader:
 
     def __init__(self, name: str, source: Source, window: Window, *, seed: int, marks: Path | None = None) -> None:
         self.name, self.source, self.window, self.seed, self.file = name, source, window, seed, marks
-        self.cut: set[Mark] = set()  # documents that did not fit into a row as a whole
+        self.too_long: set[Mark] = set()  # documents that did not fit into a row as a whole
         self._marks = self._read_marks()
         self._rows: list[list[Draft]] = []  # of the block that was packed last
         self._first = 0  # its first row
@@ -76,7 +76,7 @@ class Reader:
         while tokens < BLOCK_ROWS * self.window.seq_len and images < BLOCK_ROWS * self.window.max_images:
             mark, draft = self._next
             pieces = self.window.cut(draft)
-            if len(pieces) > 1:
+            if not self.window.fits(self.window.size(draft)):
                 self._note_cut(mark)
             for piece in pieces:
                 size = self.window.size(piece)
@@ -91,12 +91,13 @@ class Reader:
         self._keep_mark(first, begin)
 
     def _note_cut(self, mark: Mark) -> None:
-        if not self.cut:
+        if not self.too_long:
             log.warning(
-                "%s: a document longer than a row of %d tokens and %d images is cut into several; others are only "
-                "counted (data/%s/cut)", self.name, self.window.seq_len, self.window.max_images, self.name,
+                "%s: a document longer than a row of %d tokens and %d images is %s; others are only counted "
+                "(data/%s/too_long)", self.name, self.window.seq_len, self.window.max_images,
+                "cut into several" if self.window.too_long == "cut" else "trimmed", self.name,
             )  # fmt: skip
-        self.cut.add(mark)
+        self.too_long.add(mark)
 
     def _read_marks(self) -> dict[int, Mark]:
         if self.file is None or not self.file.is_file():
@@ -127,14 +128,18 @@ class Stream:
         image_size: int,
         seed: int,
         marks: Path | None = None,
+        split: Callable[[Sequence[Piece]], list[Piece]] | None = None,
     ) -> None:
-        """`marks`: a folder of the run's own. Raises ValueError where the mixture names a source that is not there."""
+        """`marks`: a folder of the run's own; `split` makes the sub-images of each image (`split_images`).
+
+        Raises ValueError where the mixture names a source that is not there.
+        """
         for name in mixture.used:
             if name not in sources:
                 raise ValueError(
                     f"weights name {name}, but the sources are {', '.join(sources)}: add it, or weigh it 0"
                 )
-        self.window, self.image_size = window, image_size
+        self.window, self.image_size, self.split = window, image_size, split
         self.draws = Draws(mixture, seed=seed)
         self.readers = {
             name: Reader(name, sources[name], window, seed=seed, marks=marks / f"{name}.jsonl" if marks else None)
@@ -142,7 +147,8 @@ class Stream:
         }
 
     def __call__(self, rows: range) -> dict[str, Tensor]:
-        return dict(vars(collate(self.documents(rows), self.window, image_size=self.image_size)))
+        side = self.image_size if self.split is None else self.image_size // 2  # of what the encoder gets
+        return dict(vars(collate(self.documents(rows), self.window, image_size=side)))
 
     def documents(self, rows: range) -> list[list[Document]]:
         """The rows' documents with their images; one with an image that can't be read is left out, and counted."""
@@ -156,24 +162,24 @@ class Stream:
             pictures = [part for part in parts if isinstance(part, Picture)]
             loaded[name] = iter(reader.source.load(pictures, image_size=self.image_size))
         return [
-            [document for draft in row if (document := realize(draft, loaded[name])) is not None]
+            [document for draft in row if (document := self._realize(draft, loaded[name])) is not None]
             for (name, _), row in zip(places, drafts, strict=True)
         ]
+
+    def _realize(self, draft: Draft, loaded: Iterator[Tensor | None]) -> Document | None:
+        """The draft with its images, or None where one of them is not there."""
+        pieces = [Piece(image=next(loaded)) if isinstance(part, Picture) else part for part in draft.parts]
+        if any(piece.image is None and not piece.token_ids for piece in pieces):
+            return None
+        return Document(pieces if self.split is None else self.split(pieces), draft.source)
 
     def notes(self, num_rows: int) -> dict[str, int]:
         """For a run's record: rows by source among the first `num_rows`, and what was wrong with the data read here."""
         counts = Counter({f"data/{name}/rows": count for name, count in self.draws.counts(num_rows).items()})
         for name, reader in self.readers.items():
-            counts[f"data/{name}/cut"] = len(reader.cut)
+            counts[f"data/{name}/too_long"] = len(reader.too_long)
             counts |= {f"data/{name}/{what}": count for what, count in reader.source.notes().items()}
         return dict(counts)
-
-
-def realize(draft: Draft, loaded: Iterator[Tensor | None]) -> Document | None:
-    """The draft with its images, or None where one of them is not there."""
-    pieces = [Piece(image=next(loaded)) if isinstance(part, Picture) else part for part in draft.parts]
-    missing = any(piece.image is None and not piece.token_ids for piece in pieces)
-    return None if missing else Document(pieces, draft.source)
 
 
 class Ahead:
