@@ -1,0 +1,218 @@
+"""Few-shot evaluation (Section 3.4): prompts of demonstrations and a query, greedy answers, scores by task."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from statistics import fmean
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from retrace.papers.mm1.captions import cider, vqa_accuracy
+from retrace.papers.mm1.corpora import EndsEarly, HubDataset, ImageFolder, LocalShards, require_fields
+from retrace.papers.mm1.packing import Picture
+from retrace.papers.mm1.rows import Piece
+
+Group = Literal["mmcore", "textcore", "sft"]
+
+
+class Answerer(Protocol):
+    """A model that is asked. Prompts are sequences of pieces, as documents are."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[Piece]], *, max_new_tokens: int, stop: Collection[int]
+    ) -> list[list[int]]:
+        """The likeliest next tokens of each prompt, up to one of `stop`, which is left out."""
+        ...
+
+    def log_likelihoods(
+        self, prompts: Sequence[Sequence[Piece]], candidates: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[float]]:
+        """Log-probability (nats) of each candidate behind its prompt."""
+        ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture or none, what is asked, and the answers that people gave; the first is that of a demonstration."""
+
+    picture: Picture | None
+    answers: tuple[str, ...]
+    question: str = ""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One prompt: items with their answers, then one without."""
+
+    demonstrations: tuple[Item, ...]
+    query: Item
+
+
+@dataclass(frozen=True)
+class Form:
+    """How items become text behind their pictures; an answer ends where one of `stop` begins, or with the document."""
+
+    before: str  # the answer; {question} stands for the item's
+    stop: tuple[str, ...]
+    max_new_tokens: int
+    after: str = "\n"  # each demonstration
+
+    def text(self, item: Item, *, answered: bool) -> str:
+        asked = self.before.format(question=item.question)
+        parts = [asked, item.answers[0]] if answered else [asked]
+        return " ".join(part for part in parts if part) + (self.after if answered else "")
+
+
+CAPTION = Form("A photo of", stop=("\n",), max_new_tokens=32)
+VQA = Form("Question: {question} Short answer:", stop=("\n", ".", ","), max_new_tokens=12)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Episodes by number of shots, and their scores: metric -> a value for each episode, the task's own first."""
+
+    name: str
+    group: Group
+    form: Form
+    shots: tuple[int, ...]
+    episodes: Callable[[int], Sequence[Episode]]
+    score: Callable[[Sequence[str], Sequence[Item]], Mapping[str, Sequence[float]]]
+    load: Callable[[Sequence[Picture]], list[Tensor | None]]
+
+
+@dataclass
+class Scores:
+    """Of one task at one number of shots: "<task>_<shots>/<metric>", and each episode's answer and scores."""
+
+    task: str
+    group: Group
+    shots: int
+    metrics: dict[str, float]
+    items: list[dict[str, Any]] = field(default_factory=list)
+    num_skipped: int = 0  # episodes with a picture that can't be read
+
+    @property
+    def main(self) -> float:
+        """The task's own metric."""
+        return next(iter(self.metrics.values()))
+
+
+def evaluate(
+    task: Task, answerer: Answerer, *, shots: int, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Scores:
+    """Ask all episodes of a task. Raises ValueError where none can be asked."""
+    answers: list[str] = []
+    asked: list[Item] = []
+    skipped = 0
+    episodes = iter(task.episodes(shots))
+    while batch := list(islice(episodes, batch_size)):
+        prompts = list(_prompts(task, batch, tokenizer))
+        kept = [(prompt, episode.query) for prompt, episode in zip(prompts, batch, strict=True) if prompt is not None]
+        skipped += len(batch) - len(kept)
+        asked += [query for _, query in kept]
+        answers += answer(task.form, answerer, [prompt for prompt, _ in kept], tokenizer=tokenizer)
+    if not asked:
+        raise ValueError(f"{task.name}: no episode of {shots} shots can be asked; {skipped} have unreadable pictures")
+    scores = task.score(answers, asked)
+    items = [
+        {"question": item.question, "wanted": item.answers[0], "answer": given}
+        | {metric: values[number] for metric, values in scores.items()}
+        for number, (item, given) in enumerate(zip(asked, answers, strict=True))
+    ]
+    metrics = {f"{task.name}_{shots}/{metric}": fmean(values) for metric, values in scores.items()}
+    return Scores(task.name, task.group, shots, metrics, items, skipped)
+
+
+def answer(
+    form: Form, answerer: Answerer, prompts: Sequence[Sequence[Piece]], *, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Texts up to the form's stops."""
+    if not prompts:
+        return []
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in form.stop]
+    stop = {ids[0] for ids in encoded if len(ids) == 1} | {tokenizer.eos_token_id}
+    found = answerer.generate(prompts, max_new_tokens=form.max_new_tokens, stop=stop)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+    return [min((text.partition(end)[0] for end in form.stop), key=len, default=text).strip() for text in texts]
+
+
+def _prompts(
+    task: Task, episodes: Sequence[Episode], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[Piece] | None]:
+    """The prompt of each episode, None where a picture of it can't be read."""
+    turns = [[*((item, True) for item in e.demonstrations), (e.query, False)] for e in episodes]
+    pictures = [item.picture for items in turns for item, _ in items if item.picture is not None]
+    loaded = iter(task.load(pictures))
+    start = tokenizer.bos_token_id
+    for items in turns:
+        prompt = [] if start is None else [Piece((start,), learned=False)]
+        readable = True
+        for item, answered in items:
+            if item.picture is not None:
+                image = next(loaded)
+                readable = readable and image is not None
+                prompt.append(Piece(image=image))
+            ids = tokenizer.encode(task.form.text(item, answered=answered), add_special_tokens=False)
+            prompt += [Piece(tuple(ids), learned=False)] if ids else []
+        yield prompt if readable else None
+
+
+def group_means(scores: Sequence[Scores]) -> dict[str, float]:
+    """The plain mean of the tasks' own metrics by group and number of shots, as the paper's tables have them.
+
+    "mmcore_4/mean" of captions (CIDEr points) and answers (percent), un-normalised; text tasks have one mean.
+    """
+    groups: dict[str, list[float]] = {}
+    for score in scores:
+        name = "textcore" if score.group == "textcore" else f"{score.group}_{score.shots}"
+        groups.setdefault(f"{name}/mean", []).append(score.main)
+    return {name: fmean(values) for name, values in groups.items()}
+
+
+def with_demonstrations(train: Sequence[Item], test: Sequence[Item], *, shots: int, seed: int) -> list[Episode]:
+    """Each test item behind `shots` different items of the training split; more shots begin with those of fewer.
+
+    Raises ValueError where the training split is smaller than that.
+    """
+    if len(train) < shots:
+        raise ValueError(f"{shots} shots are asked for, and the training split has {len(train)} items: ask for fewer")
+    drawn = (
+        random.Random(f"demonstrations/{seed}/{number}").sample(range(len(train)), len(train))[:shots]
+        for number in range(len(test))
+    )
+    return [Episode(tuple(train[i] for i in own), query) for own, query in zip(drawn, test, strict=True)]
+
+
+def read_items(config: ImageFolder | LocalShards | HubDataset, *, limit: int | None) -> list[Item]:
+    """Captions ("caption") or questions ("instruction") of a corpus, in its order; a text may be a list of answers."""
+    items: list[Item] = []
+    for shard in config.shards():
+        try:
+            for row in shard.rows(0):
+                require_fields(config, row, name=shard.name)
+                given = row[config.text_field]
+                answers = tuple(given) if isinstance(given, list) else (str(given),)
+                question = str(row[config.question_field]) if config.document == "instruction" else ""
+                items.append(Item(Picture((row[config.image_field], row.get("__folder__", ""))), answers, question))
+                if len(items) == limit:
+                    return items
+        except EndsEarly as error:
+            raise ValueError(
+                f"{shard.name}: ends early ({error}): an evaluation needs all of it; get it anew"
+            ) from error
+    return items
+
+
+def score_captions(answers: Sequence[str], asked: Sequence[Item]) -> dict[str, list[float]]:
+    """CIDEr in points."""
+    return {"cider": cider(answers, [item.answers for item in asked])}
+
+
+def score_answers(answers: Sequence[str], asked: Sequence[Item]) -> dict[str, list[float]]:
+    """VQA accuracy in percent."""
+    return {"vqa": [vqa_accuracy(given, item.answers) for given, item in zip(answers, asked, strict=True)]}

@@ -1,0 +1,59 @@
+"""The paper's text-only tasks through lm-eval (Section 1.1): a multimodal model as a `Scorer` of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from retrace.core.requests import Request
+from retrace.papers.mm1.fewshot import Answerer
+from retrace.papers.mm1.rows import Piece
+
+TEXTCORE = (
+    "arc_easy", "arc_challenge", "piqa", "lambada_openai", "winogrande", "hellaswag", "sciq", "triviaqa", "webqs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextScorer:
+    """What `core.evaluate` asks; requests that are read together are of nearly the same length."""
+
+    answerer: Answerer
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    batch_size: int
+
+    def batches(self, requests: Sequence[Request], *, room: int) -> list[list[int]]:  # noqa: ARG002
+        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][0]) - len(requests[i][1]), i))
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+    def loglikelihood(self, requests: Sequence[Request], *, allowed: Sequence[int] | None) -> list[tuple[float, bool]]:
+        """Whether a continuation is the likeliest is read off what would be written in its place."""
+        assert allowed is None, "none of the tasks restricts its answers"
+        prompts = [[Piece(tuple(context))] for context, _ in requests]
+        scores = self.answerer.log_likelihoods(prompts, [[continuation] for _, continuation in requests])
+        longest = max(len(continuation) for _, continuation in requests)
+        written = self.answerer.generate(prompts, max_new_tokens=longest, stop=())
+        return [
+            (score, ids[: len(continuation)] == list(continuation))
+            for (score,), ids, (_, continuation) in zip(scores, written, requests, strict=True)
+        ]
+
+    def generate(
+        self,
+        contexts: Sequence[list[int]],
+        *,
+        stop: Sequence[str],
+        max_new_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],  # noqa: ARG002
+    ) -> list[str]:
+        """Greedy texts, to the end of the document or a stop that is one token; the caller cuts at the others."""
+        assert temperature == 0, "none of the tasks samples"
+        encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in stop]
+        ends = {ids[0] for ids in encoded if len(ids) == 1} | {self.tokenizer.eos_token_id}
+        prompts = [[Piece(tuple(context))] for context in contexts]
+        found = self.answerer.generate(prompts, max_new_tokens=max_new_tokens, stop=ends)
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
