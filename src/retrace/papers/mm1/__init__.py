@@ -1,0 +1,36 @@
+"""MM1 (arXiv 2403.09611): what matters in multimodal pre-training."""
+
+from __future__ import annotations
+
+from retrace.core.paper import Paper, Program
+from retrace.papers.mm1 import cost
+from retrace.papers.mm1.config import (
+    DecoderConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    MM1Config,
+    PretrainConfig,
+    TokenizerConfig,
+)
+from retrace.papers.mm1.stages import check, stages
+
+_PROGRAMS = "retrace.papers.mm1.programs"
+
+PAPER = Paper(
+    slug="mm1",
+    title="MM1: Methods, Analysis & Insights from Multimodal LLM Pre-training",
+    arxiv="2403.09611",
+    recipe=1,
+    config=MM1Config,
+    stages=stages,
+    programs={
+        "prepare": Program(TokenizerConfig, f"{_PROGRAMS}:prepare", cost.prepare),
+        "pretrain_encoder": Program(EncoderConfig, f"{_PROGRAMS}:pretrain_encoder", cost.pretrain_encoder),
+        "pretrain_decoder": Program(DecoderConfig, f"{_PROGRAMS}:pretrain_decoder", cost.pretrain_decoder),
+        "pretrain": Program(PretrainConfig, f"{_PROGRAMS}:pretrain", cost.pretrain),
+        "finetune": Program(FinetuneConfig, f"{_PROGRAMS}:finetune", cost.finetune),
+        "evaluate": Program(EvaluateConfig, "retrace.papers.mm1.evaluation:evaluate", cost.evaluate),
+    },
+    check=check,
+)

@@ -1,0 +1,162 @@
+"""The parts of a model and its data that an experiment can choose: from scratch or pretrained, drawn or read. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from retrace.core.config import Frozen, data_root
+from retrace.core.optim import Optim
+from retrace.papers.mm1.corpora import CorpusConfig, HubDataset, ImageFolder, LocalShards
+from retrace.papers.mm1.shape import DecoderShape, VisionShape
+from retrace.papers.mm1.world import WorldConfig, vocabulary
+
+SourceName = Literal["caption", "synthetic", "interleaved", "text"]
+
+
+class TextTower(Frozen):
+    """The text side of contrastive pre-training, of the encoder's joint space; it is thrown away behind it."""
+
+    hidden_size: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    max_tokens: int = Field(ge=4)  # of a caption; longer ones are trimmed
+    joint_size: int = Field(ge=1)
+
+
+class ScratchEncoder(Frozen):
+    """An encoder that is pre-trained here, at the resolution of the experiment (Section 1.2)."""
+
+    kind: Literal["scratch"]
+    objective: Literal["contrastive", "reconstructive"]
+    patch_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    conv_stem: bool
+    captions: Literal["caption", "synthetic"]  # the images of which documents, and their words
+    text_tower: TextTower
+    optim: Optim  # a batch is images
+    seed: int = Field(ge=0)
+
+    def vision(self, image_size: int) -> VisionShape:
+        """Its sizes at a resolution."""
+        return VisionShape(
+            image_size=image_size,
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            intermediate_size=self.intermediate_size,
+            conv_stem=self.conv_stem,
+        )
+
+
+class _Weights(Frozen):
+    """Weights that exist: a folder, also below RETRACE_DATA, or a model of the hub."""
+
+    name: str = Field(min_length=1)
+    revision: str = Field(min_length=1)  # on the hub; a commit fixes the weights, a branch does not
+
+    def place(self) -> str:
+        """The folder on this machine, or the name on the hub."""
+        root = data_root()
+        folders = [Path(self.name), *([root / self.name] if root else [])]
+        return next((str(path) for path in folders if (path / "config.json").is_file()), self.name)
+
+
+class PretrainedEncoder(_Weights):
+    """CLIP's or SigLIP's image tower; its sizes are for counting FLOPs and bytes."""
+
+    kind: Literal["pretrained"]
+    patch_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+
+    def vision(self, image_size: int) -> VisionShape:
+        """Its sizes at a resolution."""
+        sizes = self.model_dump(exclude={"kind", "name", "revision"})
+        return VisionShape(image_size=image_size, **sizes)
+
+
+class ScratchDecoder(Frozen):
+    """A decoder that is pre-trained here on the experiment's text."""
+
+    kind: Literal["scratch"]
+    shape: DecoderShape  # dense; experts are copies of its MLPs, made behind the pre-training
+    optim: Optim  # a batch is rows
+    seq_len: int = Field(ge=8)
+    seed: int = Field(ge=0)
+
+
+class PretrainedDecoder(_Weights):
+    """A text-pretrained decoder; its sizes are for counting FLOPs and bytes."""
+
+    kind: Literal["pretrained"]
+    shape: DecoderShape
+    vocab_size: int = Field(ge=1)
+
+
+Encoder = Annotated[ScratchEncoder | PretrainedEncoder, Field(discriminator="kind")]
+Decoder = Annotated[ScratchDecoder | PretrainedDecoder, Field(discriminator="kind")]
+
+
+class ImageTask(Frozen):
+    """A benchmark of real images: demonstrations from one split, items from another (Section 3.4)."""
+
+    form: Literal["caption", "vqa"]
+    train: CorpusConfig
+    test: CorpusConfig
+    limit: int | None = Field(ge=2)  # items; null: all
+
+    @model_validator(mode="after")
+    def _documents_fit(self) -> Self:
+        wanted = "caption" if self.form == "caption" else "instruction"
+        for split, corpus in (("train", self.train), ("test", self.test)):
+            if corpus.document != wanted:
+                raise ValueError(f"{split}.document={corpus.document} with form={self.form}: expected {wanted}")
+        return self
+
+
+class Corpora(Frozen):
+    """Real data; each of `sources` says where its documents lie."""
+
+    kind: Literal["corpora"]
+    vocab_size: int = Field(ge=300)  # of the tokenizer that is trained on the text, where the decoder brings none
+    num_bpe_documents: int = Field(ge=1)
+    sources: dict[SourceName, CorpusConfig]
+    instruction: CorpusConfig | None
+    tasks: dict[str, ImageTask]
+
+    @model_validator(mode="after")
+    def _documents_are_what_they_are_called(self) -> Self:
+        named = [*self.sources.items(), *([("instruction", self.instruction)] if self.instruction else [])]
+        for name, corpus in named:
+            if corpus.document != name:
+                raise ValueError(f"source {name} has document={corpus.document}: expected document: {name}")
+        return self
+
+    def every(self) -> dict[str, ImageFolder | LocalShards | HubDataset]:
+        """All corpora by what they are for."""
+        found: dict[str, ImageFolder | LocalShards | HubDataset] = dict(self.sources)  # type: ignore[arg-type]
+        if self.instruction is not None:
+            found["instruction"] = self.instruction
+        for name, task in self.tasks.items():
+            found |= {f"{name}/train": task.train, f"{name}/test": task.test}
+        return found
+
+
+Data = Annotated[WorldConfig | Corpora, Field(discriminator="kind")]
+
+
+def vocab_size(data: WorldConfig | Corpora, decoder: ScratchDecoder | PretrainedDecoder) -> int:
+    """Rows of the decoder's embedding, the image token among them."""
+    if isinstance(decoder, PretrainedDecoder):
+        return decoder.vocab_size + 1
+    return len(vocabulary()) if isinstance(data, WorldConfig) else data.vocab_size

@@ -1,0 +1,247 @@
+"""What can be asked of an MM1 experiment. Section numbers are those of the specification."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from retrace.core.config import CONFIGS, Experiment, Frozen
+from retrace.core.optim import Optim
+from retrace.papers.mm1.choices import (
+    Corpora,
+    Data,
+    Decoder,
+    Encoder,
+    PretrainedDecoder,
+    ScratchDecoder,
+    ScratchEncoder,
+    SourceName,
+)
+from retrace.papers.mm1.mixture import Mixture
+from retrace.papers.mm1.shape import ConnectorShape, ExpertsShape, VisionShape
+from retrace.papers.mm1.world import WorldConfig
+
+TASKS = CONFIGS / "mm1" / "tasks"
+SUB_IMAGES = 5  # an overview and four quarters (Section 2.4)
+Part = Literal["encoder", "connector", "decoder"]
+
+
+class Rows(Frozen):
+    """The rows that documents are packed into (Section 2.3)."""
+
+    seq_len: int = Field(ge=8)
+    max_images: int = Field(ge=1)
+    mask: Literal["documents", "rows"]  # what a token sees: its own document, or all that stands before it in the row
+
+
+class Pretrain(Frozen):
+    """Joint multimodal pre-training."""
+
+    mixture: Mixture  # probability of each source, for a row
+    rows: Rows
+    trained: tuple[Part, ...] = Field(min_length=1)  # the others are frozen
+    optim: Optim
+
+
+class Finetune(Frozen):
+    """Supervised fine-tuning on instruction data, at the resolution of the encoder or above (Section 3.5, 2.4)."""
+
+    image_size: int = Field(ge=1)  # of the images; with sub-images the encoder gets half of it
+    sub_images: bool
+    rows: Rows
+    optim: Optim
+
+    @property
+    def encoder_size(self) -> int:
+        """Pixels a side of what the encoder gets."""
+        return self.image_size // 2 if self.sub_images else self.image_size
+
+    @model_validator(mode="after")
+    def _halves(self) -> Self:
+        if self.sub_images and self.image_size % 2:
+            raise ValueError(f"image_size={self.image_size} with sub_images=true: expected an even number of pixels")
+        return self
+
+
+class Evaluation(Frozen):
+    """What is asked of the trained model (Section 3.4)."""
+
+    shots: tuple[int, ...] = Field(min_length=1)
+    num_episodes: int = Field(ge=2)  # of each procedural task
+    batch_size: int = Field(ge=1)
+    text_tasks: tuple[str, ...]  # of configs/mm1/tasks, through lm-eval
+    seed: int = Field(ge=0)  # the same for all arms and seeds: they are asked the same
+    precision: Literal["fp32", "bf16"]
+
+    @model_validator(mode="after")
+    def _shots_rise(self) -> Self:
+        if any(shot < 0 for shot in self.shots) or sorted(set(self.shots)) != [*self.shots]:
+            raise ValueError(f"shots={list(self.shots)}: expected rising numbers from 0, as in [0, 4, 8]")
+        return self
+
+
+class MM1Config(Experiment):
+    """The composed experiment: configs/mm1/main.yaml."""
+
+    image_size: int = Field(ge=1)  # pixels a side, of the encoder's own pre-training too where that is done here
+    encoder: Encoder
+    connector: ConnectorShape
+    decoder: Decoder
+    experts: ExpertsShape | None
+    data: Data
+    pretrain: Pretrain
+    finetune: Finetune | None
+    eval: Evaluation
+
+    @property
+    def vision(self) -> VisionShape:
+        return self.encoder.vision(self.image_size)
+
+    @model_validator(mode="after")
+    def _tokens_fit_the_grid(self) -> Self:
+        grid, tokens = self.vision.grid, self.connector.num_tokens
+        if self.connector.kind != "attention_pool" and tokens > grid * grid:
+            raise ValueError(
+                f"connector.num_tokens={tokens}: image_size={self.image_size} in patches of {self.vision.patch_size} "
+                f"gives {grid}x{grid} of them: use at most {grid * grid} tokens, or kind attention_pool"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Self:
+        if self.decoder.shape.experts is not None:
+            raise ValueError("decoder.shape.experts: the decoder is pre-trained dense; set `experts` instead")
+        if self.experts is not None and self.experts.every > self.decoder.shape.num_layers:
+            raise ValueError(
+                f"experts.every={self.experts.every} with decoder.shape.num_layers={self.decoder.shape.num_layers}: "
+                "no layer would have experts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_hold_an_image(self) -> Self:
+        places = [("pretrain.rows", self.pretrain.rows, self.connector.num_tokens)]
+        if self.finetune is not None:
+            count = SUB_IMAGES if self.finetune.sub_images else 1
+            places.append(("finetune.rows", self.finetune.rows, count * self.connector.num_tokens))
+        for key, rows, tokens in places:
+            if tokens >= rows.seq_len:
+                raise ValueError(
+                    f"{key}.seq_len={rows.seq_len}: an image takes {tokens} positions: choose longer rows or fewer "
+                    "image tokens"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_are_there(self) -> Self:
+        if isinstance(self.data, WorldConfig):
+            if self.eval.text_tasks:
+                raise ValueError("eval.text_tasks: procedural data brings its own text tasks; use []")
+            if isinstance(self.decoder, PretrainedDecoder):
+                raise ValueError("decoder.kind=pretrained: procedural data has a vocabulary of its own; use scratch")
+            return self
+        wanted: list[SourceName | str] = [*self.pretrain.mixture.used]
+        if isinstance(self.encoder, ScratchEncoder):
+            wanted.append(self.encoder.captions)
+        if isinstance(self.decoder, ScratchDecoder):
+            wanted.append("text")
+        for name in wanted:
+            if name not in self.data.sources:
+                raise ValueError(
+                    f"data.sources has no {name}, which is trained on; it has {', '.join(self.data.sources)}"
+                )
+        if self.finetune is not None and self.data.instruction is None:
+            raise ValueError("finetune: data.instruction is null: name a corpus of questions and answers")
+        return self
+
+    @model_validator(mode="after")
+    def _known_sources(self) -> Self:
+        unknown = sorted(set(self.pretrain.mixture.weights) - {"caption", "synthetic", "interleaved", "text"})
+        if unknown:
+            raise ValueError(
+                f"pretrain.mixture.weights.{unknown[0]}: expected some of caption, synthetic, interleaved, text"
+            )
+        return self
+
+
+class TokenizerConfig(Frozen):
+    """Program `prepare`: a tokenizer trained on the text of real data, once for all runs."""
+
+    data: Corpora
+    files: dict[str, str]
+
+
+class EncoderConfig(Frozen):
+    """Program `pretrain_encoder`. Parent, for real data: `tokenizer`, as for those below."""
+
+    vision: VisionShape
+    encoder: ScratchEncoder
+    data: Data
+    files: dict[str, str]  # local files that are read -> fingerprint
+    seed: int
+
+
+class DecoderConfig(Frozen):
+    """Program `pretrain_decoder`: a language model."""
+
+    decoder: ScratchDecoder
+    data: Data
+    files: dict[str, str]
+    seed: int
+
+
+class PretrainConfig(Frozen):
+    """Program `pretrain`. Parents: `encoder` and `decoder`, where they are made here."""
+
+    image_size: int
+    encoder: Encoder
+    connector: ConnectorShape
+    decoder: Decoder
+    experts: ExpertsShape | None
+    data: Data
+    pretrain: Pretrain
+    files: dict[str, str]
+    seed: int
+
+    @property
+    def vision(self) -> VisionShape:
+        return self.encoder.vision(self.image_size)
+
+
+class FinetuneConfig(Frozen):
+    """Program `finetune`. Parent: `model`."""
+
+    encoder: Encoder
+    connector: ConnectorShape
+    decoder: Decoder
+    experts: ExpertsShape | None
+    data: Data
+    finetune: Finetune
+    files: dict[str, str]
+    seed: int
+
+    @property
+    def vision(self) -> VisionShape:
+        return self.encoder.vision(self.finetune.encoder_size)
+
+
+class EvaluateConfig(Frozen):
+    """Program `evaluate`. Parent: `model`."""
+
+    image_size: int  # of the images that are asked about
+    sub_images: bool
+    tuned: bool  # questions of the instruction data are asked too
+    encoder: Encoder
+    connector: ConnectorShape
+    decoder: Decoder
+    experts: ExpertsShape | None
+    data: Data
+    eval: Evaluation
+    tasks: dict[str, str]  # lm-eval task -> fingerprint
+    files: dict[str, str]
+    seed: int
+
+    @property
+    def vision(self) -> VisionShape:
+        return self.encoder.vision(self.image_size // 2 if self.sub_images else self.image_size)

@@ -1,0 +1,238 @@
+"""What each program costs, from its config: FLOPs of the matrix products, forward and backward; no torch.
+
+The backward pass is twice the forward. Rows are taken as full, and a row with images as holding as many as it may: an
+upper bound, since how many documents fit is known behind the packing alone.
+"""
+
+from __future__ import annotations
+
+from retrace.core.cost import COMPUTED, FP32, Cost, Memory
+from retrace.core.cost import DecoderShape as Counted
+from retrace.core.optim import Optim, Precision
+from retrace.papers.mm1.choices import Corpora, vocab_size
+from retrace.papers.mm1.config import (
+    SUB_IMAGES,
+    DecoderConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    Rows,
+    TokenizerConfig,
+)
+from retrace.papers.mm1.shape import ConnectorShape, DecoderShape, ExpertsShape, VisionShape
+from retrace.papers.mm1.world import ATTRIBUTES
+
+TRAIN = 3.0  # forward and backward, in forward passes
+KEPT_VISION, KEPT_DECODER = 14, 16  # hidden-sized tensors that a layer keeps of a patch or token for its backward pass
+LOGIT_COPIES = 3
+BPE_TOKENS = 500  # of a document that a tokenizer is trained on
+EPISODE_TEXT = 32  # positions of an episode that are no image
+
+Model = PretrainConfig | FinetuneConfig | EvaluateConfig
+
+
+def vision_parameters(shape: VisionShape) -> int:
+    """Elements of the matrices of the layers, and of the patch embedding as one linear layer."""
+    size = shape.hidden_size
+    layer = 4 * size**2 + 2 * size * shape.intermediate_size
+    return shape.num_layers * layer + 3 * shape.patch_size**2 * size
+
+
+def vision_flops(shape: VisionShape) -> float:
+    """One image, forward."""
+    patches = shape.grid**2
+    attention = 4 * shape.num_layers * shape.hidden_size * patches**2
+    return 2.0 * vision_parameters(shape) * patches + attention
+
+
+def connector_parameters(shape: ConnectorShape, *, in_size: int, out_size: int) -> tuple[int, int]:
+    """Matrix elements that each patch goes through, and each image token."""
+    if shape.kind == "average_pool":
+        return 0, in_size * out_size
+    if shape.kind == "attention_pool":
+        return 2 * in_size**2, 2 * in_size**2 + in_size * out_size
+    if shape.depth == 0:
+        return 0, in_size * out_size + out_size**2
+    inner = shape.hidden_size
+    block = 2 * inner**2 + 9 * inner
+    first = block + (2 * in_size * inner - inner**2 if in_size != inner else 0)
+    return first + (shape.depth - 1) * block, shape.depth * block + inner * out_size + out_size**2
+
+
+def connector_flops(shape: ConnectorShape, vision: VisionShape, *, out_size: int) -> float:
+    """One image, forward."""
+    patch, token = connector_parameters(shape, in_size=vision.hidden_size, out_size=out_size)
+    patches = vision.grid**2
+    mixing = 4.0 * vision.hidden_size * patches * shape.num_tokens if shape.kind == "attention_pool" else 0.0
+    return 2.0 * (patch * patches + token * shape.num_tokens) + mixing
+
+
+def counted(shape: DecoderShape, vocab: int) -> Counted:
+    """The decoder as the core counts it, without experts."""
+    return Counted(
+        hidden_size=shape.hidden_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        intermediate_size=shape.intermediate_size,
+        vocab_size=vocab,
+    )
+
+
+def expert_parameters(shape: DecoderShape, experts: ExpertsShape | None, *, active: bool) -> int:
+    """What experts add to the dense decoder's elements: all of them, or those that a token goes through."""
+    if experts is None:
+        return 0
+    mlp, layers = 3 * shape.hidden_size * shape.intermediate_size, shape.num_layers // experts.every
+    count = experts.top_k if active else experts.num_experts
+    return layers * ((count - 1) * mlp + experts.num_experts * shape.hidden_size)
+
+
+def parameters(config: Model) -> dict[str, int]:
+    """Elements by part."""
+    shape, vision = config.decoder.shape, config.vision
+    vocab = vocab_size(config.data, config.decoder)
+    decoder = counted(shape, vocab).parameters + expert_parameters(shape, config.experts, active=False)
+    connector = sum(
+        connector_parameters(config.connector, in_size=vision.hidden_size, out_size=shape.hidden_size)
+    )
+    return {"encoder": vision_parameters(vision), "connector": connector, "decoder": decoder}
+
+
+def forward_flops(config: Model, *, tokens: float, keys: float, logits: float, images: float) -> float:
+    """The whole model, forward; `images` as the encoder gets them."""
+    shape = config.decoder.shape
+    text = counted(shape, vocab_size(config.data, config.decoder)).forward_flops(
+        tokens=tokens, keys=keys, logits=logits
+    )
+    text += 2.0 * expert_parameters(shape, config.experts, active=True) * tokens
+    seen = vision_flops(config.vision) + connector_flops(config.connector, config.vision, out_size=shape.hidden_size)
+    return text + images * seen
+
+
+def prepare(config: TokenizerConfig) -> Cost:
+    """A tokenizer's training has no matrix products; an operation a token stands for it, so that time can be told."""
+    tokens = config.data.num_bpe_documents * BPE_TOKENS
+    return Cost(tokens, float(tokens), Memory(0, 0, "fp32", activations=0.0, checkpointed=0.0), shared=False)
+
+
+def pretrain_encoder(config: EncoderConfig) -> Cost:
+    """Tokens are those of the captions, or none: then patches."""
+    vision, optim = config.vision, config.encoder.optim
+    images = optim.steps * optim.batch_size
+    flops, count = vision_flops(vision), vision_parameters(vision)
+    if config.encoder.objective == "contrastive":
+        tower = config.encoder.text_tower
+        layer = 4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
+        own = tower.num_layers * layer
+        flops += 2.0 * own * tower.max_tokens
+        count += own
+        tokens = images * tower.max_tokens
+    else:
+        head = 4 * vision.hidden_size**2 + 12 * vision.hidden_size * vision.patch_size**2
+        flops += 2.0 * head * vision.grid**2
+        count += head
+        tokens = images * vision.grid**2
+    seen = optim.micro_batch_size * vision.grid**2
+    return Cost(tokens, TRAIN * images * flops, _memory(count, count, optim, vision=vision, patches=seen))
+
+
+def pretrain_decoder(config: DecoderConfig) -> Cost:
+    """All rows are text."""
+    optim, length = config.decoder.optim, config.decoder.seq_len
+    shape = counted(config.decoder.shape, vocab_size(config.data, config.decoder))
+    tokens = optim.steps * optim.batch_size * length
+    flops = TRAIN * shape.forward_flops(tokens=tokens, keys=(length + 1) / 2, logits=tokens)
+    memory = _memory(
+        shape.parameters, shape.parameters, optim, decoder=shape, tokens=optim.micro_batch_size * length
+    )
+    return Cost(tokens, flops, memory)
+
+
+def pretrain(config: PretrainConfig) -> Cost:
+    """Tokens are positions of text and images."""
+    weights = config.pretrain.mixture.weights
+    share = 1.0 - weights.get("text", 0.0)
+    return _joint(config, config.pretrain.optim, config.pretrain.rows, share, trained=config.pretrain.trained)
+
+
+def finetune(config: FinetuneConfig) -> Cost:
+    """As the pre-training, on rows with images alone."""
+    return _joint(config, config.finetune.optim, config.finetune.rows, 1.0, trained=("encoder", "connector", "decoder"))
+
+
+def _joint(
+    config: PretrainConfig | FinetuneConfig, optim: Optim, rows: Rows, share: float, *, trained: tuple[str, ...]
+) -> Cost:
+    sizes, seqs = parameters(config), optim.steps * optim.batch_size
+    per_row = min(rows.max_images, rows.seq_len // (config.connector.num_tokens + 1))  # as the encoder gets them
+    text = rows.seq_len - share * per_row * config.connector.num_tokens
+    flops = forward_flops(
+        config, tokens=rows.seq_len, keys=(rows.seq_len + 1) / 2, logits=text, images=share * per_row
+    )
+    shape = counted(config.decoder.shape, vocab_size(config.data, config.decoder))
+    memory = _memory(
+        sum(sizes.values()),
+        sum(size for part, size in sizes.items() if part in trained),
+        optim,
+        vision=config.vision,
+        patches=optim.micro_batch_size * per_row * config.vision.grid**2,
+        decoder=shape,
+        tokens=optim.micro_batch_size * rows.seq_len,
+    )
+    return Cost(seqs * rows.seq_len, TRAIN * seqs * flops, memory)
+
+
+def evaluate(config: EvaluateConfig) -> Cost:
+    """Every episode's prompt is read once; text tasks of lm-eval are not counted."""
+    asked, data = config.eval, config.data
+    if isinstance(data, Corpora):
+        episodes = {shot: sum(task.limit or 5000 for task in data.tasks.values()) for shot in asked.shots}
+    else:
+        episodes = {shot: asked.num_episodes * (1 + (len(ATTRIBUTES) if shot else 0)) for shot in asked.shots}
+    times = SUB_IMAGES if config.sub_images else 1
+    tokens = flops = 0.0
+    for shot, count in episodes.items():
+        images = (shot + 1) * times
+        length = images * config.connector.num_tokens + (shot + 1) * EPISODE_TEXT
+        tokens += count * length
+        flops += count * forward_flops(config, tokens=length, keys=length / 2, logits=EPISODE_TEXT, images=images)
+    longest = (max(asked.shots) + 1) * (config.connector.num_tokens * times + EPISODE_TEXT) * asked.batch_size
+    precision: Precision = "fp32" if asked.precision == "fp32" else "pure_bf16"
+    shape, size = config.decoder.shape, COMPUTED[precision]
+    kept = size * longest * (2 * shape.num_layers + 12) * shape.hidden_size
+    memory = Memory(sum(parameters(config).values()), 0, precision, activations=kept, checkpointed=kept)
+    return Cost(int(tokens), flops, memory, shared=False)
+
+
+def _memory(
+    count: int,
+    trained: int,
+    optim: Optim,
+    *,
+    vision: VisionShape | None = None,
+    patches: float = 0,
+    decoder: Counted | None = None,
+    tokens: float = 0,
+) -> Memory:
+    """Weights with gradients and moments; what layers keep of each patch and token, and logits."""
+    size = COMPUTED[optim.precision]
+    kept = again = 0.0
+    if vision is not None:
+        layer = size * patches * (KEPT_VISION * vision.hidden_size + 2 * vision.intermediate_size)
+        kept += vision.num_layers * layer
+        again += vision.num_layers * size * patches * vision.hidden_size + layer
+    if decoder is not None:
+        layer = size * tokens * (KEPT_DECODER * decoder.hidden_size + 3 * decoder.intermediate_size)
+        logits = FP32 * LOGIT_COPIES * min(tokens * decoder.vocab_size, 2**27)
+        kept += decoder.num_layers * layer + logits
+        again += decoder.num_layers * size * tokens * decoder.hidden_size + layer + logits
+    return Memory(
+        parameters=count,
+        trained=trained,
+        precision=optim.precision,
+        activations=kept,
+        checkpointed=again,
+        micro_batches=optim.batch_size // optim.micro_batch_size,
+    )

@@ -1,0 +1,126 @@
+"""From a config to what training reads: tokenizer, sources of documents, rows of a window.
+
+Shapes: B rows, L positions, M images, R pixels a side.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from retrace.core.bpe import train_bpe
+from retrace.core.context import Context
+from retrace.core.data import derive_seed
+from retrace.papers.mm1.choices import Corpora, PretrainedDecoder, ScratchDecoder
+from retrace.papers.mm1.config import SUB_IMAGES, Rows
+from retrace.papers.mm1.corpus_source import CorpusSource
+from retrace.papers.mm1.documents import Kind, ProceduralSource, build_tokenizer
+from retrace.papers.mm1.mixture import Mixture
+from retrace.papers.mm1.packing import Window
+from retrace.papers.mm1.stream import Ahead, Source, Stream
+from retrace.papers.mm1.subimages import split_images
+from retrace.papers.mm1.world import IMAGE, PAD, WorldConfig
+
+TOKENIZER, MARKS = "tokenizer", "marks"
+BatchOf = Callable[[range], Mapping[str, Tensor]]
+
+
+def train_tokenizer(data: Corpora) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of the corpus' text; raises ValueError where there is too little of it."""
+    corpus = data.sources["text"]
+    rows = (row for shard in corpus.shards() for row in shard.rows(0))
+    texts = (str(row[corpus.text_field]) for row in itertools.islice(rows, data.num_bpe_documents))
+    return train_bpe(
+        texts,
+        vocab_size=data.vocab_size,
+        key="data.vocab_size",
+        pad_token=PAD,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=[IMAGE],
+    )
+
+
+def load_tokenizer(
+    data: WorldConfig | Corpora, decoder: ScratchDecoder | PretrainedDecoder | None, ctx: Context
+) -> PreTrainedTokenizerBase:
+    """The world's words, the tokenizer of parent `tokenizer`, or the decoder's own with an image token behind it."""
+    if isinstance(data, WorldConfig):
+        return build_tokenizer()
+    if "tokenizer" in ctx.parents:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(ctx.parents["tokenizer"].path / TOKENIZER)
+        return found
+    assert isinstance(decoder, PretrainedDecoder), "a tokenizer comes from somewhere"
+    own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(decoder.place(), revision=decoder.revision)
+    own.add_special_tokens({"additional_special_tokens": [AddedToken(IMAGE, special=True)]})
+    if own.pad_token_id is None:
+        own.pad_token = own.eos_token
+    if len(own) != decoder.vocab_size + 1:
+        raise ValueError(
+            f"decoder.vocab_size={decoder.vocab_size}: the tokenizer of {decoder.name} has {len(own) - 1} tokens"
+        )
+    return own
+
+
+def image_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that holds an image's places."""
+    found = tokenizer.convert_tokens_to_ids(IMAGE)
+    assert isinstance(found, int)
+    return found
+
+
+def source(
+    data: WorldConfig | Corpora, name: Kind, tokenizer: PreTrainedTokenizerBase, *, seed: int, purpose: str
+) -> Source:
+    """The documents of one kind; those of two purposes are not the same, where they are drawn."""
+    if isinstance(data, WorldConfig):
+        return ProceduralSource(data, name, derive_seed(seed, purpose))
+    corpus = data.instruction if name == "instruction" else data.sources[name]
+    assert corpus is not None, "the config was checked"
+    return CorpusSource(corpus, tokenizer, image_id=image_id(tokenizer), seed=derive_seed(seed, purpose))
+
+
+def window_of(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, image_tokens: int, sub_images: bool = False) -> Window:
+    """What a row holds. Documents that are too long are cut."""
+    pad = tokenizer.pad_token_id
+    assert isinstance(pad, int)
+    return Window(
+        rows.seq_len,
+        image_tokens,
+        rows.max_images,
+        pad_id=pad,
+        image_id=image_id(tokenizer),
+        sub_images=SUB_IMAGES if sub_images else 1,
+    )
+
+
+def stream(
+    data: WorldConfig | Corpora,
+    mixture: Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: Window,
+    image_size: int,
+    seed: int,
+    purpose: str,
+    ctx: Context,
+) -> Stream:
+    """The rows of a mixture."""
+    split: Callable[..., Any] | None = partial(split_images, side=image_size // 2) if window.sub_images > 1 else None
+    own: dict[str, Source] = {
+        name: source(data, name, tokenizer, seed=seed, purpose=purpose)  # type: ignore[arg-type]
+        for name in mixture.used
+    }
+    marks = ctx.run.path / MARKS if ctx.is_main else None
+    return Stream(mixture, own, window=window, image_size=image_size, seed=seed, marks=marks, split=split)
+
+
+def ahead(rows: BatchOf, ctx: Context) -> BatchOf:
+    """On a GPU, batches are made while it works; on a CPU they would take the same core."""
+    return Ahead(rows) if ctx.hardware.device == "cuda" else rows

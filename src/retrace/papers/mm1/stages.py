@@ -1,0 +1,134 @@
+"""The runs that an experiment needs, and what must be at hand before any of them starts.
+
+(prepare, real data only) -> pretrain_encoder, pretrain_decoder -> pretrain (-> finetune) -> evaluate
+
+Encoders and decoders are shared by all experiments that make them alike; pretrained ones take their places.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from retrace.core.config import data_root
+from retrace.core.paper import Stage
+from retrace.core.tasks import require_hub, task_fingerprint, validate_tasks
+from retrace.papers.mm1 import corpora
+from retrace.papers.mm1.choices import (
+    Corpora,
+    PretrainedDecoder,
+    PretrainedEncoder,
+    ScratchDecoder,
+    ScratchEncoder,
+)
+from retrace.papers.mm1.config import (
+    TASKS,
+    DecoderConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    MM1Config,
+    PretrainConfig,
+    TokenizerConfig,
+)
+
+
+def stages(config: MM1Config) -> Stage:
+    """The last stage of an experiment, with those that it builds on. Raises ValueError for an unknown task."""
+    c, files = config, _fingerprints(config)
+    words = _tokenizer(c, files)
+    parents = {**words}
+    if isinstance(c.encoder, ScratchEncoder):
+        seen = EncoderConfig(
+            vision=c.vision, encoder=c.encoder, data=c.data, files=_of(files, c.encoder.captions), seed=c.encoder.seed
+        )
+        parents["encoder"] = Stage("pretrain_encoder", seen, seed=c.encoder.seed, parents=words)
+    if isinstance(c.decoder, ScratchDecoder):
+        read = DecoderConfig(decoder=c.decoder, data=c.data, files=_of(files, "text"), seed=c.decoder.seed)
+        parents["decoder"] = Stage("pretrain_decoder", read, seed=c.decoder.seed, parents=words)
+    shared: dict[str, Any] = {
+        "encoder": c.encoder,
+        "connector": c.connector,
+        "decoder": c.decoder,
+        "experts": c.experts,
+        "data": c.data,
+        "seed": c.seed,
+    }
+    joint = PretrainConfig(
+        image_size=c.image_size, pretrain=c.pretrain, files=_of(files, *c.pretrain.mixture.used), **shared
+    )
+    model = Stage("pretrain", joint, seed=c.seed, parents=parents)
+    if c.finetune is not None:
+        tuned = FinetuneConfig(finetune=c.finetune, files=_of(files, "instruction"), **shared)
+        model = Stage("finetune", tuned, seed=c.seed, parents={"model": model, **words})
+    tests = [f"{name}/{split}" for name in _image_tasks(c) for split in ("train", "test")]
+    last = EvaluateConfig(
+        image_size=c.image_size if c.finetune is None else c.finetune.image_size,
+        sub_images=c.finetune is not None and c.finetune.sub_images,
+        tuned=c.finetune is not None,
+        eval=c.eval,
+        tasks={name: task_fingerprint(name, tasks_dir=TASKS, data_dir=data_root()) for name in c.eval.text_tasks},
+        files=_of(files, *tests),
+        **shared,
+    )
+    return Stage("evaluate", last, seed=c.seed, parents={"model": model, **words})
+
+
+def _tokenizer(c: MM1Config, files: dict[str, str]) -> dict[str, Stage]:
+    """Of real text, where the decoder brings none."""
+    if not isinstance(c.data, Corpora) or isinstance(c.decoder, PretrainedDecoder):
+        return {}
+    return {"tokenizer": Stage("prepare", TokenizerConfig(data=c.data, files=_of(files, "text")), seed=0)}
+
+
+def _image_tasks(c: MM1Config) -> list[str]:
+    return list(c.data.tasks) if isinstance(c.data, Corpora) else []
+
+
+def _fingerprints(c: MM1Config) -> dict[str, str]:
+    """Of the local corpora that are here, by what they are for; a plan needs none of them."""
+    found: dict[str, str] = {}
+    for name, corpus in (c.data.every() if isinstance(c.data, Corpora) else {}).items():
+        try:
+            found[name] = corpora.fingerprint(corpus)
+        except ValueError:
+            continue
+    return found
+
+
+def _of(files: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: files[name] for name in names if name in files}
+
+
+def check(config: MM1Config) -> None:
+    """Raise ValueError for data, tasks and weights out of reach.
+
+    And for batches that the machine's processes can't share evenly.
+    """
+    c, processes = config, config.hardware.processes
+    optims = {"pretrain.optim": c.pretrain.optim}
+    if isinstance(c.encoder, ScratchEncoder):
+        optims["encoder.optim"] = c.encoder.optim
+    if isinstance(c.decoder, ScratchDecoder):
+        optims["decoder.optim"] = c.decoder.optim
+    if c.finetune is not None:
+        optims["finetune.optim"] = c.finetune.optim
+    for key, optim in optims.items():
+        optim.check_processes(processes, key=key)
+    if isinstance(c.data, Corpora):
+        every = c.data.every()
+        unused = set(c.data.sources) - set(_used_sources(c))
+        if c.finetune is None:
+            unused.add("instruction")  # type: ignore[arg-type]
+        for name, corpus in every.items():
+            if name not in unused:
+                corpora.check(corpus)
+    validate_tasks(c.eval.text_tasks, tasks_dir=TASKS, data_dir=data_root(), generated={}, probe_hub=True)
+    for part in (c.encoder, c.decoder):
+        if isinstance(part, PretrainedEncoder | PretrainedDecoder) and part.place() == part.name:
+            require_hub(part.name, "download it where it can be reached, and name the folder instead")
+
+
+def _used_sources(c: MM1Config) -> list[str]:
+    used = [*c.pretrain.mixture.used]
+    used += [c.encoder.captions] if isinstance(c.encoder, ScratchEncoder) else []
+    return [*used, *(["text"] if isinstance(c.decoder, ScratchDecoder) else [])]
