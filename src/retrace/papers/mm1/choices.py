@@ -38,7 +38,7 @@ class ScratchEncoder(Frozen):
     num_heads: int = Field(ge=1)
     intermediate_size: int = Field(ge=1)
     conv_stem: bool
-    captions: Literal["caption", "synthetic"]  # the images of which documents, and their words
+    captions: Literal["caption", "synthetic", "parts"]  # whose images and words; parts: see documents.PartsSource
     text_tower: TextTower
     optim: Optim  # a batch is images
     seed: int = Field(ge=0)

@@ -81,9 +81,45 @@ class Evaluation(Frozen):
         return self
 
 
+class Resolutions(Frozen):
+    """Pixels a side."""
+
+    low: int
+    medium: int
+    high: int
+
+
+class TokenCounts(Frozen):
+    """Image tokens."""
+
+    few: int
+    medium: int
+    many: int
+
+
+class Sizes(Frozen):
+    """What the arms of the ablations are at a scale; configs refer to it by interpolation."""
+
+    resolution: Resolutions
+    tokens: TokenCounts
+    larger: int  # width of the larger encoder, and of its MLP
+    larger_mlp: int
+    experts: int
+
+
+class Tunings(Frozen):
+    """The arms of ablation fine_tuning."""
+
+    same: Finetune
+    interpolated: Finetune
+    sub_images: Finetune
+
+
 class MM1Config(Experiment):
     """The composed experiment: configs/mm1/main.yaml."""
 
+    sizes: Sizes
+    tuning: Tunings
     image_size: int = Field(ge=1)  # pixels a side, of the encoder's own pre-training too where that is done here
     encoder: Encoder
     connector: ConnectorShape
@@ -141,6 +177,8 @@ class MM1Config(Experiment):
             if isinstance(self.decoder, PretrainedDecoder):
                 raise ValueError("decoder.kind=pretrained: procedural data has a vocabulary of its own; use scratch")
             return self
+        if isinstance(self.encoder, ScratchEncoder) and self.encoder.captions == "parts":
+            raise ValueError("encoder.captions=parts: only procedural captions come in parts; use caption or synthetic")
         wanted: list[SourceName | str] = [*self.pretrain.mixture.used]
         if isinstance(self.encoder, ScratchEncoder):
             wanted.append(self.encoder.captions)

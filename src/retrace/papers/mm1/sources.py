@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from tokenizers import AddedToken
 from torch import Tensor
@@ -20,7 +20,7 @@ from retrace.core.data import derive_seed
 from retrace.papers.mm1.choices import Corpora, PretrainedDecoder, ScratchDecoder
 from retrace.papers.mm1.config import SUB_IMAGES, Rows
 from retrace.papers.mm1.corpus_source import CorpusSource
-from retrace.papers.mm1.documents import Kind, ProceduralSource, build_tokenizer
+from retrace.papers.mm1.documents import Kind, PartsSource, ProceduralSource, build_tokenizer
 from retrace.papers.mm1.mixture import Mixture
 from retrace.papers.mm1.packing import Window
 from retrace.papers.mm1.stream import Ahead, Source, Stream
@@ -76,10 +76,13 @@ def image_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def source(
-    data: WorldConfig | Corpora, name: Kind, tokenizer: PreTrainedTokenizerBase, *, seed: int, purpose: str
+    data: WorldConfig | Corpora, name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, purpose: str
 ) -> Source:
-    """The documents of one kind; those of two purposes are not the same, where they are drawn."""
+    """The documents of one kind, or "parts" of captions; those of two purposes differ, where they are drawn."""
+    if isinstance(data, WorldConfig) and name == "parts":
+        return PartsSource(data, "synthetic", derive_seed(seed, purpose))
     if isinstance(data, WorldConfig):
+        assert name in get_args(Kind), name
         return ProceduralSource(data, name, derive_seed(seed, purpose))
     corpus = data.instruction if name == "instruction" else data.sources[name]
     assert corpus is not None, "the config was checked"
