@@ -1,4 +1,4 @@
-"""The parts of a model and its data that an experiment can choose: from scratch or pretrained, drawn or read. No torch."""
+"""What an experiment can choose its parts from: made here or pretrained, data drawn or read. No torch."""
 
 from __future__ import annotations
 

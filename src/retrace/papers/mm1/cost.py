@@ -94,9 +94,7 @@ def parameters(config: Model) -> dict[str, int]:
     shape, vision = config.decoder.shape, config.vision
     vocab = vocab_size(config.data, config.decoder)
     decoder = counted(shape, vocab).parameters + expert_parameters(shape, config.experts, active=False)
-    connector = sum(
-        connector_parameters(config.connector, in_size=vision.hidden_size, out_size=shape.hidden_size)
-    )
+    connector = sum(connector_parameters(config.connector, in_size=vision.hidden_size, out_size=shape.hidden_size))
     return {"encoder": vision_parameters(vision), "connector": connector, "decoder": decoder}
 
 
@@ -144,9 +142,7 @@ def pretrain_decoder(config: DecoderConfig) -> Cost:
     shape = counted(config.decoder.shape, vocab_size(config.data, config.decoder))
     tokens = optim.steps * optim.batch_size * length
     flops = TRAIN * shape.forward_flops(tokens=tokens, keys=(length + 1) / 2, logits=tokens)
-    memory = _memory(
-        shape.parameters, shape.parameters, optim, decoder=shape, tokens=optim.micro_batch_size * length
-    )
+    memory = _memory(shape.parameters, shape.parameters, optim, decoder=shape, tokens=optim.micro_batch_size * length)
     return Cost(tokens, flops, memory)
 
 
@@ -168,9 +164,7 @@ def _joint(
     sizes, seqs = parameters(config), optim.steps * optim.batch_size
     per_row = min(rows.max_images, rows.seq_len // (config.connector.num_tokens + 1))  # as the encoder gets them
     text = rows.seq_len - share * per_row * config.connector.num_tokens
-    flops = forward_flops(
-        config, tokens=rows.seq_len, keys=(rows.seq_len + 1) / 2, logits=text, images=share * per_row
-    )
+    flops = forward_flops(config, tokens=rows.seq_len, keys=(rows.seq_len + 1) / 2, logits=text, images=share * per_row)
     shape = counted(config.decoder.shape, vocab_size(config.data, config.decoder))
     memory = _memory(
         sum(sizes.values()),

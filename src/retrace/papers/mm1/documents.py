@@ -146,3 +146,12 @@ class PartsSource(ProceduralSource):
             named = f"{scene.color} {scene.shape}" if index % 2 else " ".join(scene.digits)
             first, last = made.parts[0], made.parts[-1]
             yield (index,), Draft([first, picture, encode(named), last], made.source)
+
+
+@dataclass(frozen=True)
+class WordsSource(ProceduralSource):
+    """What documents say, without their images: a decoder's text has captions in it, and knows their form."""
+
+    def drafts(self, mark: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Draft]]:
+        for place, made in super().drafts(mark):
+            yield place, Draft([part for part in made.parts if isinstance(part, Piece)], made.source)

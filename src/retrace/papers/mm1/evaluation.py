@@ -96,9 +96,7 @@ def _tasks(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> list[T
     return [_image_task(name, task, config, tokenizer) for name, task in config.data.tasks.items()]
 
 
-def _image_task(
-    name: str, task: ImageTask, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase
-) -> Task:
+def _image_task(name: str, task: ImageTask, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     """A benchmark: demonstrations from its training split, in the paper's prompt form."""
     asked, size = config.eval, config.image_size
     files = CorpusSource(task.test, tokenizer, image_id=image_id(tokenizer), seed=asked.seed)
@@ -132,9 +130,7 @@ def _score(
     path: Path = ctx.run.path / SCORES / f"{task.name}_{shots}.json"
     found = read_json(path)
     if found is None:
-        made = fewshot.evaluate(
-            task, answerer, shots=shots, tokenizer=tokenizer, batch_size=config.eval.batch_size
-        )
+        made = fewshot.evaluate(task, answerer, shots=shots, tokenizer=tokenizer, batch_size=config.eval.batch_size)
         path.parent.mkdir(parents=True, exist_ok=True)
         found = asdict(made) | {"items": made.items[:SHOWN], "metrics": list(made.metrics.items())}
         write_json(path, found)

@@ -229,9 +229,7 @@ def _decoder(config: PretrainConfig, ctx: Context) -> Decoder:
     if isinstance(config.decoder, PretrainedDecoder):
         rows = vocab_size(config.data, config.decoder)
         chosen = config.decoder
-        return load_decoder(
-            chosen.place(), experts=experts, vocab_size=rows, revision=chosen.revision, dtype=dtype
-        )
+        return load_decoder(chosen.place(), experts=experts, vocab_size=rows, revision=chosen.revision, dtype=dtype)
     found = from_pretrained(ctx.parents["decoder"].path / MODEL, dtype=dtype)
     assert isinstance(found, Decoder)
     if experts is None:

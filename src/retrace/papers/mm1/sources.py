@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from tokenizers import AddedToken
 from torch import Tensor
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from retrace.core.bpe import train_bpe
 from retrace.core.context import Context
 from retrace.core.data import derive_seed
-from retrace.papers.mm1.choices import Corpora, PretrainedDecoder, ScratchDecoder
+from retrace.papers.mm1.choices import Corpora, PretrainedDecoder, ScratchDecoder, SourceName
 from retrace.papers.mm1.config import SUB_IMAGES, Rows
 from retrace.papers.mm1.corpus_source import CorpusSource
 from retrace.papers.mm1.documents import Kind, PartsSource, ProceduralSource, build_tokenizer
@@ -83,8 +83,8 @@ def source(
         return PartsSource(data, "synthetic", derive_seed(seed, purpose))
     if isinstance(data, WorldConfig):
         assert name in get_args(Kind), name
-        return ProceduralSource(data, name, derive_seed(seed, purpose))
-    corpus = data.instruction if name == "instruction" else data.sources[name]
+        return ProceduralSource(data, cast(Kind, name), derive_seed(seed, purpose))
+    corpus = data.instruction if name == "instruction" else data.sources[cast(SourceName, name)]
     assert corpus is not None, "the config was checked"
     return CorpusSource(corpus, tokenizer, image_id=image_id(tokenizer), seed=derive_seed(seed, purpose))
 
@@ -117,7 +117,7 @@ def stream(
     """The rows of a mixture."""
     split: Callable[..., Any] | None = partial(split_images, side=image_size // 2) if window.sub_images > 1 else None
     own: dict[str, Source] = {
-        name: source(data, name, tokenizer, seed=seed, purpose=purpose)  # type: ignore[arg-type]
+        name: source(data, name, tokenizer, seed=seed, purpose=purpose)
         for name in mixture.used
     }
     marks = ctx.run.path / MARKS if ctx.is_main else None

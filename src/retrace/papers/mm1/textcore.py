@@ -16,7 +16,7 @@ TEXTCORE = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextScorer:
     """What `core.evaluate` asks; requests that are read together are of nearly the same length."""
 

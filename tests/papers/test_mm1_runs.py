@@ -1,0 +1,222 @@
+"""MM1's runs: which an experiment needs, what they share and cost, that they run, resume and plan."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from retrace.core.claims import load_claims
+from retrace.core.compose import compose
+from retrace.core.config import CONFIGS, validate
+from retrace.core.plan import RunSpec, load_ablations, plan
+from retrace.core.record import Record
+from retrace.core.store import Store
+from retrace.papers.mm1 import cost, programs
+from retrace.papers.mm1.config import MM1Config, PretrainConfig
+from retrace.papers.mm1.decoder import build_decoder
+from retrace.papers.mm1.encoder import build_encoder
+from retrace.papers.mm1.model import MultimodalModel
+from retrace.papers.mm1.world import IMAGE, vocabulary
+from retrace.worker import execute
+
+torch.set_num_threads(1)
+QUIET = ["scale=smoke", "seed=0", "tracking.wandb=off"]
+
+
+def composed(*overrides: str) -> MM1Config:
+    return validate(MM1Config, compose("mm1", ["scale=smoke", *overrides]), source="test")
+
+
+def carry_out(specs: Sequence[RunSpec], home: Path) -> dict[str, Record]:
+    """Every run in this process, parents first; the records by program."""
+    store, found = Store(home), {}
+    for spec in specs:
+        run = store.run(spec.id)
+        run.freeze(spec, command="test")
+        outcome = execute(run.path, store=store, stop=threading.Event())
+        assert outcome.status == "DONE", outcome.reason
+        found[spec.program] = Record.load(run.path / "record.json")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["connector.num_tokens=25"], "gives 3x3 of them: use at most 9 tokens, or kind attention_pool"),
+        (["connector.num_tokens=5"], "expected a square, such as 4 or 9"),
+        (["image_size=13"], "no multiple of patch_size=4: use 12"),
+        (["pretrain.mixture.weights={caption: 0.5, text: 0.4}"], "expected probabilities that sum to 1"),
+        (["pretrain.rows.seq_len=8", "connector.num_tokens=9"], "pretrain.rows.seq_len=8: an image takes 9 positions"),
+        (["experts={num_experts: 4, every: 3}"], "no layer would have experts"),
+        (["eval.shots=[4,0]"], "expected rising numbers from 0"),
+        (["eval.text_tasks=[piqa]"], "procedural data brings its own text tasks"),
+        (["pretrain.trained=[]"], "at least 1 item"),
+        (["data.held_out_shapes=0"], "greater than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_in_one_sentence(overrides: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match="test: ") as refused:
+        composed(*overrides)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_weights_of_an_unknown_source_are_refused() -> None:
+    tree: dict[str, Any] = compose("mm1", ["scale=smoke"])
+    tree["pretrain"]["mixture"]["weights"] = {"captions": 1.0}
+    with pytest.raises(ValueError, match=r"weights\.captions: expected some of caption, synthetic"):
+        validate(MM1Config, tree, source="test")
+
+
+def test_real_data_must_hold_what_is_trained_on() -> None:
+    tree: dict[str, Any] = compose("mm1", ["scale=gpu"])
+    del tree["data"]["sources"]["text"]
+    with pytest.raises(ValueError, match=r"data\.sources has no text, which is trained on; it has caption"):
+        validate(MM1Config, tree, source="test")
+
+
+def test_arms_share_encoders_and_decoders_that_are_made_alike() -> None:
+    specs = plan(["mm1"], QUIET)
+    by_program = {name: [s for s in specs if s.program == name] for name in ("pretrain_encoder", "pretrain_decoder")}
+    assert len(by_program["pretrain_decoder"]) == 1
+    # three resolutions, a larger one, a reconstructive one
+    assert len(by_program["pretrain_encoder"]) == 5
+    trained = [spec for spec in specs if spec.program == "pretrain"]
+    used = {spec.parents["encoder"] for spec in trained}
+    assert used == {spec.id for spec in by_program["pretrain_encoder"]}
+    base = [
+        s for s in trained if {"resolution/medium/s0", "connector/c_abstractor/s0", "text_share/t10/s0"} < set(s.labels)
+    ]
+    assert len(base) == 1, "the base of all ablations is one run"
+
+
+def test_a_fine_tuning_trains_nothing_of_the_base_again() -> None:
+    base = {spec.id for spec in plan(["mm1/main"], QUIET)}
+    more = [spec for spec in plan(["mm1/fine_tuning"], QUIET) if spec.id not in base]
+    assert {spec.program for spec in more} == {"finetune", "evaluate"}
+    assert len(more) == 6
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Record]]:
+    """A home in which the longest chain has run: sub-images and all."""
+    home = tmp_path_factory.mktemp("home")
+    specs = [s for s in plan(["mm1/fine_tuning"], QUIET) if "fine_tuning/sub_images/s0" in s.labels]
+    return home, carry_out(specs, home)
+
+
+def test_a_chain_runs_and_says_what_it_read(finished: tuple[Path, dict[str, Record]]) -> None:
+    _, records = finished
+    assert list(records) == ["pretrain_encoder", "pretrain_decoder", "pretrain", "finetune", "evaluate"]
+    read = records["pretrain"].provenance["data"]
+    assert sum(count for name, count in read.items() if name.endswith("/rows")) == 8
+    metrics = records["evaluate"].metrics
+    assert metrics["ask_color_0/acc"] >= 0
+    assert metrics["grounded/digits"] in (0.0, 1.0)
+    assert 0 <= metrics["textcore/mean"] <= 1
+
+
+def test_every_metric_that_a_laptop_claim_reads_is_made(finished: tuple[Path, dict[str, Record]]) -> None:
+    made = {metric for record in finished[1].values() for metric in record.metrics}
+    asked = {
+        m
+        for claim in load_claims(CONFIGS / "mm1" / "claims.yaml")
+        if "laptop" in claim.testable_at
+        for _, m in claim.cells
+    }
+    shots = max(composed().eval.shots)
+    assert {metric.replace("_4/", f"_{shots}/") for metric in asked} <= made
+
+
+def test_every_claim_names_arms_that_are_there() -> None:
+    arms = {name: ablation.arms for name, ablation in load_ablations("mm1").items()}
+    assert load_claims(CONFIGS / "mm1" / "claims.yaml", arms=arms)
+
+
+def test_a_pretraining_that_is_stopped_ends_as_one_that_never_was(
+    finished: tuple[Path, dict[str, Record]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, records = finished
+    specs = [s for s in plan(["mm1/main"], [*QUIET, "hardware.checkpoint_seconds=0"]) if s.program != "evaluate"]
+    carry_out(specs[:2], tmp_path)
+    store, (spec,) = Store(tmp_path), specs[2:]
+    run = store.run(spec.id)
+    run.freeze(spec, command="test")
+    stop = threading.Event()
+    real = programs._loss
+
+    def loss_and_stop(*arguments: Any) -> Any:
+        stop.set()
+        return real(*arguments)
+
+    monkeypatch.setattr(programs, "_loss", loss_and_stop)
+    assert execute(run.path, store=store, stop=stop).status == "STOPPED"
+    assert len(list((run.path / "checkpoints").glob("step_*"))) == 1
+    monkeypatch.setattr(programs, "_loss", real)
+    assert execute(run.path, store=store, stop=threading.Event()).status == "DONE"
+    assert Record.load(run.path / "record.json").metrics == records["pretrain"].metrics
+
+
+def test_rows_without_a_mask_are_other_rows_than_with_one() -> None:
+    batch = {"document_ids_BL": torch.tensor([[1, 1, 2, 2, 0]]), "position_ids_BL": torch.tensor([[0, 1, 0, 1, 0]])}
+    joined = programs._unmasked(lambda _: batch)(range(1))
+    assert joined["document_ids_BL"].tolist() == [[1, 1, 1, 1, 0]]
+    assert joined["position_ids_BL"].tolist() == [[0, 1, 2, 3, 0]]
+    assert batch["document_ids_BL"].tolist() == [[1, 1, 2, 2, 0]]
+
+
+def test_the_paper_scale_plans_and_costs_without_torch_or_network() -> None:
+    code = (
+        "import json, sys\n"
+        "from retrace.core.plan import plan\n"
+        "from retrace.core.planview import cost_of\n"
+        "specs = plan(['mm1/recipes', 'mm1/main'], ['scale=paper', 'seed=0', 'hardware=gpu8'])\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "print(json.dumps({s.labels[0]: cost_of(s).flops for s in specs if s.program == 'pretrain'}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    flops = json.loads(done.stdout)
+    tokens = 200_000 * 512 * 4096
+    patches = 200_000 * 512 * 16 * 576  # through a ViT-L of 303 million parameters
+    assert flops["main/main/s0"] == pytest.approx(6 * 1.03e9 * tokens + 6 * 303e6 * patches, rel=0.15)
+    assert flops["recipes/m30b/s0"] > 4 * flops["recipes/m7b/s0"] > 5 * flops["recipes/m3b/s0"]
+    assert flops["recipes/m3b/s0"] < flops["recipes/m3b_experts/s0"] < 1.5 * flops["recipes/m3b/s0"]
+
+
+@pytest.mark.parametrize("kind", ["average_pool", "attention_pool", "c_abstractor"])
+def test_counted_flops_and_parameters_are_those_of_the_model(kind: str) -> None:
+    config = composed(
+        f"connector.kind={kind}", "connector.hidden_size=32", "connector.num_tokens=9", "encoder.hidden_size=64",
+        "encoder.intermediate_size=128", "encoder.conv_stem=false", "image_size=24", "decoder.shape.hidden_size=64",
+    )  # fmt: skip
+    asked = PretrainConfig(
+        image_size=config.image_size, encoder=config.encoder, connector=config.connector, decoder=config.decoder,
+        experts=None, data=config.data, pretrain=config.pretrain, files={}, seed=0,
+    )  # fmt: skip
+    size = len(vocabulary())
+    decoder = build_decoder(config.decoder.shape, vocab_size=size, seed=0)
+    model = MultimodalModel(
+        build_encoder(config.vision, seed=0), config.connector, decoder, image_token_id=vocabulary()[IMAGE]
+    )
+    counted = cost.parameters(asked)
+    counted["decoder"] -= size * 64  # tied: one table
+    for part, count in counted.items():
+        matrices = [(n, p) for n, p in getattr(model, part).named_parameters() if p.dim() > 1]
+        left_out = ("position", "squeeze", "excite", "queries")  # tables, and what is once an image
+        real = sum(p.numel() for n, p in matrices if not any(word in n for word in left_out))
+        assert count == pytest.approx(real, rel=0.12), part
+    with FlopCounterMode(display=False) as counter:
+        model.image_tokens(torch.rand(8, 3, 24, 24))
+    ours = 8 * (cost.vision_flops(config.vision) + cost.connector_flops(config.connector, config.vision, out_size=64))
+    unseen = 4 * 8 * 64 * 36 * (36 + 9 * (kind == "attention_pool"))  # attention: the counter misses it on a CPU
+    assert ours - unseen == pytest.approx(counter.get_total_flops(), rel=0.12)
