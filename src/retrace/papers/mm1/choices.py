@@ -128,7 +128,7 @@ class Corpora(Frozen):
     """Real data; each of `sources` says where its documents lie."""
 
     kind: Literal["corpora"]
-    vocab_size: int = Field(ge=300)  # of the tokenizer that is trained on the text, where the decoder brings none
+    vocab_size: int = Field(ge=260)  # of the tokenizer that is trained on the text, where the decoder brings none
     num_bpe_documents: int = Field(ge=1)
     sources: dict[SourceName, CorpusConfig]
     instruction: CorpusConfig | None
