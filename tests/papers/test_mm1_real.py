@@ -34,6 +34,9 @@ ROWS = ["pretrain.rows.seq_len=48", "pretrain.rows.max_images=4", "eval.batch_si
 QUIET = ["seed=0", "hardware=cpu", "tracking.wandb=off"]
 HALF = "pretrain.mixture.weights={caption: 0.4, synthetic: 0.0, interleaved: 0.4, text: 0.2}"
 
+LIKE = dict.fromkeys(("coco", "nocaps", "textcaps"), "coco")  # task of the paper -> the data in its place here
+LIKE |= dict.fromkeys(("vqav2", "textvqa", "vizwiz", "gqa", "okvqa"), "vqa")
+
 
 def photo(number: int) -> bytes:
     data = io.BytesIO()
@@ -83,7 +86,8 @@ def test_the_gpu_scale_trains_encoder_decoder_and_model_on_local_shards(home: Pa
     small = [
         "data.vocab_size=290", "data.num_bpe_documents=300", "image_size=28", "connector.num_tokens=4", HALF,
         "connector.hidden_size=16", "connector.depth=1", "eval.shots=[0,1]", "decoder.seq_len=32",
-        "encoder.text_tower={hidden_size: 16, num_layers: 1, num_heads: 2, intermediate_size: 32, max_tokens: 8, joint_size: 8}",
+        "encoder.text_tower={hidden_size: 16, num_layers: 1, num_heads: 2, intermediate_size: 32, max_tokens: 8, "
+        "joint_size: 8}",
         "decoder.shape={hidden_size: 16, num_layers: 2, num_heads: 2, num_kv_heads: 2, intermediate_size: 32}",
     ]  # fmt: skip
     small += [f"encoder.{s}" for s in ("hidden_size=16", "num_layers=1", "num_heads=2", "intermediate_size=32")]
@@ -117,10 +121,11 @@ def tiny_models(folder: Path) -> int:
     return len(tokenizer)
 
 
-@pytest.mark.parametrize("sharded", [["hardware.processes=2", "hardware.shard=true"]], ids=["fsdp2"])
+@pytest.mark.slow  # a minute of two cores: five processes load their libraries
 def test_the_paper_scale_continues_clip_and_llama_on_two_sharded_processes(
-    sharded: list[str], home: Path, retrace: Run, data: Path
+    home: Path, retrace: Run, data: Path
 ) -> None:
+    sharded = ["hardware.processes=2", "hardware.shard=true"]
     size = tiny_models(data)
     own = [
         "data.sources.caption.pattern=mm1/captions/*.tar",
@@ -128,8 +133,7 @@ def test_the_paper_scale_continues_clip_and_llama_on_two_sharded_processes(
         "data.sources.text.pattern=mm1/text/*.parquet",
         *[
             f"data.tasks.{name}.{split}.pattern=mm1/{folder}/{place}/*.parquet"
-            for names, folder in ((("coco", "nocaps", "textcaps"), "coco"), (("vqav2", "textvqa", "vizwiz", "gqa", "okvqa"), "vqa"))
-            for name in names
+            for name, folder in LIKE.items()
             for split, place in (("train", "train"), ("test", "val"))
         ],
     ]  # fmt: skip

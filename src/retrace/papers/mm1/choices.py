@@ -38,7 +38,7 @@ class ScratchEncoder(Frozen):
     num_heads: int = Field(ge=1)
     intermediate_size: int = Field(ge=1)
     conv_stem: bool
-    captions: Literal["caption", "synthetic", "parts"]  # whose images and words; parts: see documents.PartsSource
+    captions: Literal["caption", "synthetic", "parts"]  # whose images and words; parts: see parts.py
     text_tower: TextTower
     optim: Optim  # a batch is images
     seed: int = Field(ge=0)
@@ -92,6 +92,7 @@ class ScratchDecoder(Frozen):
     shape: DecoderShape  # dense; experts are copies of its MLPs, made behind the pre-training
     optim: Optim  # a batch is rows
     seq_len: int = Field(ge=8)
+    caption_words: float = Field(ge=0, lt=1)  # share of rows with the words of captions and of interleaved documents
     seed: int = Field(ge=0)
 
 

@@ -179,6 +179,8 @@ class MM1Config(Experiment):
             return self
         if isinstance(self.encoder, ScratchEncoder) and self.encoder.captions == "parts":
             raise ValueError("encoder.captions=parts: only procedural captions come in parts; use caption or synthetic")
+        if isinstance(self.decoder, ScratchDecoder) and self.decoder.caption_words:
+            raise ValueError(f"decoder.caption_words={self.decoder.caption_words:g}: of procedural data only; use 0.0")
         wanted: list[SourceName | str] = [*self.pretrain.mixture.used]
         if isinstance(self.encoder, ScratchEncoder):
             wanted.append(self.encoder.captions)

@@ -129,29 +129,3 @@ class ProceduralSource:
     def notes(self) -> dict[str, int]:
         """Nothing is ever wrong with what was made here."""
         return {}
-
-
-@dataclass(frozen=True)
-class PartsSource(ProceduralSource):
-    """Captions of which every other one names color and shape, and the others the digits alone.
-
-    Where captions name everything, color and shape tell most images of a batch apart, and contrastive pre-training
-    has little reason to read the digits.
-    """
-
-    def drafts(self, mark: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Draft]]:
-        for (index,), made in super().drafts(mark):
-            (picture,) = (part for part in made.parts if isinstance(part, Picture))
-            scene: Scene = picture.what
-            named = f"{scene.color} {scene.shape}" if index % 2 else " ".join(scene.digits)
-            first, last = made.parts[0], made.parts[-1]
-            yield (index,), Draft([first, picture, encode(named), last], made.source)
-
-
-@dataclass(frozen=True)
-class WordsSource(ProceduralSource):
-    """What documents say, without their images: a decoder's text has captions in it, and knows their form."""
-
-    def drafts(self, mark: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Draft]]:
-        for place, made in super().drafts(mark):
-            yield place, Draft([part for part in made.parts if isinstance(part, Piece)], made.source)

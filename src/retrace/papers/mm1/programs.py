@@ -113,10 +113,10 @@ def pretrain_decoder(config: DecoderConfig, ctx: Context) -> dict[str, float]:
     settings = config.decoder
     tokenizer = load_tokenizer(config.data, settings, ctx)
     decoder = build_decoder(settings.shape, vocab_size=len(tokenizer), seed=config.seed)
-    rows = Rows(seq_len=settings.seq_len, max_images=1, mask="documents")
+    rows, words = Rows(seq_len=settings.seq_len, max_images=1, mask="documents"), settings.caption_words
     text = stream(
         config.data,
-        Mixture(weights={"text": 1.0}),
+        Mixture(weights={"text": 1 - words, "caption_words": words / 2, "interleaved_words": words / 2}),
         tokenizer,
         window=window_of(rows, tokenizer, image_tokens=1),
         image_size=1,

@@ -20,14 +20,15 @@ from retrace.core.data import derive_seed
 from retrace.papers.mm1.choices import Corpora, PretrainedDecoder, ScratchDecoder, SourceName
 from retrace.papers.mm1.config import SUB_IMAGES, Rows
 from retrace.papers.mm1.corpus_source import CorpusSource
-from retrace.papers.mm1.documents import Kind, PartsSource, ProceduralSource, build_tokenizer
+from retrace.papers.mm1.documents import Kind, ProceduralSource, build_tokenizer
 from retrace.papers.mm1.mixture import Mixture
 from retrace.papers.mm1.packing import Window
+from retrace.papers.mm1.parts import PartsSource, WordsSource
 from retrace.papers.mm1.stream import Ahead, Source, Stream
 from retrace.papers.mm1.subimages import split_images
 from retrace.papers.mm1.world import IMAGE, PAD, WorldConfig
 
-TOKENIZER, MARKS = "tokenizer", "marks"
+TOKENIZER, MARKS, WORDS = "tokenizer", "marks", "_words"
 BatchOf = Callable[[range], Mapping[str, Tensor]]
 
 
@@ -78,9 +79,14 @@ def image_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def source(
     data: WorldConfig | Corpora, name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, purpose: str
 ) -> Source:
-    """The documents of one kind, or "parts" of captions; those of two purposes differ, where they are drawn."""
+    """The documents of one kind; those of two purposes differ, where they are drawn.
+
+    Procedural ones too: "parts" of captions, and "caption_words", "interleaved_words" without their images.
+    """
     if isinstance(data, WorldConfig) and name == "parts":
         return PartsSource(data, "synthetic", derive_seed(seed, purpose))
+    if isinstance(data, WorldConfig) and name.endswith(WORDS):
+        return WordsSource(data, cast(Kind, name.removesuffix(WORDS)), derive_seed(seed, purpose))
     if isinstance(data, WorldConfig):
         assert name in get_args(Kind), name
         return ProceduralSource(data, cast(Kind, name), derive_seed(seed, purpose))
@@ -116,10 +122,7 @@ def stream(
 ) -> Stream:
     """The rows of a mixture."""
     split: Callable[..., Any] | None = partial(split_images, side=image_size // 2) if window.sub_images > 1 else None
-    own: dict[str, Source] = {
-        name: source(data, name, tokenizer, seed=seed, purpose=purpose)
-        for name in mixture.used
-    }
+    own: dict[str, Source] = {name: source(data, name, tokenizer, seed=seed, purpose=purpose) for name in mixture.used}
     marks = ctx.run.path / MARKS if ctx.is_main else None
     return Stream(mixture, own, window=window, image_size=image_size, seed=seed, marks=marks, split=split)
 
