@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerFast
 
 from retrace.core.config import validate
 from retrace.papers.mm1.corpora import HubDataset, ImageFolder, LocalShards, check, fingerprint
-from retrace.papers.mm1.corpus_source import CorpusSource, load_image
+from retrace.papers.mm1.corpus_source import CorpusSource
 from retrace.papers.mm1.documents import build_tokenizer
 from retrace.papers.mm1.mixture import Mixture
 from retrace.papers.mm1.packing import Draft, Picture, Window
+from retrace.papers.mm1.photos import load_image
 from retrace.papers.mm1.rows import Piece
 from retrace.papers.mm1.stream import Stream
 from retrace.papers.mm1.world import DIGITS, IMAGE, PAD, vocabulary

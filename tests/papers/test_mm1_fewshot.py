@@ -19,7 +19,6 @@ from retrace.core.evaluate import evaluate_task
 from retrace.core.tasks import list_tasks, validate_tasks
 from retrace.papers.mm1.captions import cider, normalize, tokenize, vqa_accuracy
 from retrace.papers.mm1.corpora import LocalShards
-from retrace.papers.mm1.corpus_source import CorpusSource
 from retrace.papers.mm1.documents import build_tokenizer
 from retrace.papers.mm1.fewshot import (
     CAPTION,
@@ -31,14 +30,14 @@ from retrace.papers.mm1.fewshot import (
     evaluate,
     group_means,
     read_items,
-    score_answers,
     score_captions,
     with_demonstrations,
 )
 from retrace.papers.mm1.packing import Picture
+from retrace.papers.mm1.picturetasks import PictureTask, picture_task
 from retrace.papers.mm1.rows import Piece
 from retrace.papers.mm1.textcore import TEXTCORE, TextScorer
-from retrace.papers.mm1.world import ATTRIBUTES, IMAGE, Scene, WorldConfig, colors_of, successors, vocabulary
+from retrace.papers.mm1.world import ATTRIBUTES, Scene, WorldConfig, colors_of, successors, vocabulary
 from retrace.papers.mm1.worldtasks import world_tasks
 
 torch.set_num_threads(1)
@@ -247,9 +246,9 @@ def test_questions_on_files_are_asked_with_their_photos_and_broken_photos_skip(
     (tmp_path / "5.png").write_text("no image")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = LocalShards(kind="shards", pattern="a.jsonl", document="instruction", max_bad_share=0.5)
-    items = read_items(config, limit=None)
     assert len(read_items(config, limit=2)) == 2
-    source = CorpusSource(config, TOKENIZER, image_id=vocabulary()[IMAGE], seed=0)
+    settings = PictureTask(name="colors", form="vqa", train=config, test=config, num_train=2)
+    settings.check()
 
     class Red(Toy):
         def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, stop: Collection[int]) -> list[list[int]]:
@@ -257,14 +256,12 @@ def test_questions_on_files_are_asked_with_their_photos_and_broken_photos_skip(
             assert stop
             return [[vocabulary()["red"]] for _ in prompts]
 
-    task = Task(
-        "vqa", "mmcore", VQA, (0, 1), lambda k: with_demonstrations(items[:2], items[2:], shots=k, seed=0),
-        score_answers, lambda pictures: source.load(pictures, image_size=4),
-    )  # fmt: skip
-    found = run(task, Red(), 1)
+    found = run(picture_task(settings, image_size=4, seed=0), Red(), 1)
     assert found.num_skipped == 1
-    assert len(found.items) == 3
-    assert found.metrics == {"vqa_1/vqa": 100.0}
+    assert len(found.items) == 5
+    assert found.metrics == {"colors_1/vqa": 100.0}
+    with pytest.raises(ValueError, match="document=instruction with form=caption: expected caption"):
+        PictureTask(name="colors", form="caption", train=config, test=config)
 
 
 def test_cider_is_what_the_official_scorer_gives() -> None:
