@@ -35,6 +35,9 @@ class CorpusSource:
         self._why = "they are empty"
         self._empty: set[tuple[int, int]] = set()  # (shard, row) without text
         self._photos = Photos(max_bad_share=config.max_bad_share)
+        for what, count in config.notes().items():
+            if count:
+                log.warning("%s: %d files are left out", what, count)
 
     def drafts(self, mark: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Draft]]:
         """Documents with their marks (epoch, place of the shard in it, row). Raises ValueError where there are none."""
