@@ -129,10 +129,11 @@ def test_a_model_that_reads_the_images_gets_every_task_right_and_a_blind_one_doe
     seeing, blind = Truthful(), Toy()
     for toy in (seeing, blind):
         tasks = world(toy)
-        assert list(tasks)[:7] == ["caption", *ATTRIBUTES]
+        assert list(tasks)[:8] == ["caption", "caption_unseen", *ATTRIBUTES]
         scores = [run(task, toy, shots) for task in tasks.values() for shots in task.shots]
         found = group_means(scores)
-        assert set(found) == {"mmcore_0/mean", "mmcore_4/mean", "mmcore_8/mean", "textcore/mean", "sft_0/mean"}
+        by_shots = {f"{group}_{shots}/mean" for group in ("mmcore", "unseen") for shots in (0, 4, 8)}
+        assert set(found) == {*by_shots, "textcore/mean", "sft_0/mean"}
         if toy is seeing:
             exact = [s for s in scores if s.task != "corner"]
             assert {s.main for s in exact} == {1.0}
@@ -144,19 +145,19 @@ def test_a_model_that_reads_the_images_gets_every_task_right_and_a_blind_one_doe
 
 def test_only_the_corner_needs_several_demonstrations() -> None:
     toy = Truthful()
-    tasks = world(toy, count=200, shots=(1, 2, 8))
-    corner = [run(tasks["corner"], toy, shots).main for shots in (1, 2, 8)]
-    assert corner[0] + 0.05 < corner[1] < corner[2]
-    assert corner[2] > 0.97
+    corner = world(toy, count=200, shots=(1, 8))["corner"]
+    few, many = (run(corner, toy, shots).main for shots in (1, 8))
+    assert few == pytest.approx(0.734, abs=0.12)  # of the first corner that agrees, over all digits and four errors
+    assert many > 0.97
 
 
-def test_queries_are_unseen_pairs_and_demonstrations_are_not() -> None:
+def test_only_the_unseen_captions_ask_for_pairs_that_no_training_document_shows() -> None:
     unseen = colors_of(WORLD.world_seed, WORLD.held_out_shapes, unseen=True)
     for task in world_tasks(WORLD, image_size=8, count=30, seed=0):
-        if task.group == "mmcore":
+        if task.group in ("mmcore", "unseen"):
             for episode in task.episodes(4):
                 *shown, asked = [item.picture.what for item in (*episode.demonstrations, episode.query) if item.picture]
-                assert asked.color in unseen[asked.shape]
+                assert (asked.color in unseen[asked.shape]) == (task.name == "caption_unseen")
                 assert not any(scene.color in unseen[scene.shape] for scene in shown)
             assert task.episodes(4) == task.episodes(4)
 
