@@ -17,8 +17,8 @@ PAPERS = sorted(path.name for path in (SOURCE / "papers").iterdir() if (path / "
 LAYER_0 = {
     "cli", "core.claims", "core.compose", "core.config", "core.cost", "core.doctor", "core.figures", "core.identity",
     "core.launch", "core.paper", "core.plan", "core.planview", "core.profiles", "core.progress", "core.provenance",
-    "core.record", "core.report", "core.reportview", "core.results", "core.samples", "core.stats", "core.store",
-    "core.svg", "core.tasks", "core.texts", "core.units", "core.verdicts",
+    "core.record", "core.report", "core.reportfigures", "core.reportview", "core.results", "core.samples",
+    "core.stats", "core.store", "core.svg", "core.tasks", "core.texts", "core.units", "core.verdicts",
 }  # fmt: skip
 HOMES = {
     "hydra": ("core.compose",), "wandb": ("core.tracking",), "lm_eval": ("core.evaluate", "plugin"),

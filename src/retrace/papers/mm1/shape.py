@@ -23,6 +23,7 @@ class VisionShape(Frozen):
     num_layers: int = Field(ge=1)
     num_heads: int = Field(ge=1)
     intermediate_size: int = Field(ge=1)
+    conv_stem: bool = False  # 3x3 convolutions of stride 2 before the patches (Section 5); not for a pretrained one
 
     @model_validator(mode="after")
     def _patches_divide(self) -> Self:
@@ -65,6 +66,12 @@ class ExpertsShape(Frozen):
     load_balance_weight: float = Field(0.01, ge=0)
     router_z_weight: float = Field(0.001, ge=0)
 
+    @model_validator(mode="after")
+    def _enough_to_choose_from(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} with num_experts={self.num_experts}: expected at most as many")
+        return self
+
 
 class DecoderShape(Frozen):
     """A Llama-like causal decoder."""
@@ -75,3 +82,11 @@ class DecoderShape(Frozen):
     num_kv_heads: int = Field(ge=1)
     intermediate_size: int = Field(ge=1)
     experts: ExpertsShape | None = None
+
+    @model_validator(mode="after")
+    def _some_layer_has_experts(self) -> Self:
+        if self.experts is not None and self.experts.every > self.num_layers:
+            raise ValueError(
+                f"experts.every={self.experts.every} with num_layers={self.num_layers}: no layer would have experts"
+            )
+        return self
