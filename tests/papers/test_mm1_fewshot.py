@@ -114,7 +114,8 @@ class Truthful(Toy):
             return words[words.index(words[-2]) + 2]
         if words[-1] == "=":
             return " ".join(str(sum(int(word) for word in words if word.isdigit())))
-        return successors(0)[words[-1]]
+        following = successors(0)[words[-1]]
+        return f"{following} {successors(0)[following]}"  # a chain goes on
 
 
 def world(toy: Toy, count: int = 40, **options: Any) -> dict[str, Task]:
@@ -132,8 +133,8 @@ def test_a_model_that_reads_the_images_gets_every_task_right_and_a_blind_one_doe
         assert list(tasks)[:8] == ["caption", "caption_unseen", *ATTRIBUTES]
         scores = [run(task, toy, shots) for task in tasks.values() for shots in task.shots]
         found = group_means(scores)
-        by_shots = {f"{group}_{shots}/mean" for group in ("mmcore", "unseen") for shots in (0, 4, 8)}
-        assert set(found) == {*by_shots, "textcore/mean", "sft_0/mean"}
+        groups = ("mmcore_0", "mmcore_4", "mmcore_8", "unseen_0", "textcore", "sft_0")
+        assert set(found) == {f"{group}/mean" for group in groups}
         if toy is seeing:
             exact = [s for s in scores if s.task != "corner"]
             assert {s.main for s in exact} == {1.0}

@@ -29,6 +29,7 @@ from retrace.papers.mm1.world import (
 
 SHOTS = (0, 4, 8)
 WORD = Form("{question}", stop=(NEWLINE,), max_new_tokens=4, after=f" {NEWLINE}")
+NEXT = Form("{question}", stop=(NEWLINE,), max_new_tokens=1)  # a chain goes on behind the word that is asked for
 WORDS = Form(CAPTION, stop=(NEWLINE,), max_new_tokens=8, after=f" {NEWLINE}")
 
 
@@ -37,7 +38,8 @@ def world_tasks(
 ) -> list[Task]:
     """`count` episodes of every task; they depend on the world and `seed` alone, so runs with one seed are paired.
 
-    Attributes are told by demonstrations, so they are asked with one or more.
+    Attributes are told by demonstrations, so they are asked with one or more; captions, which stand alone in training,
+    without any.
     """
 
     def load(pictures: Sequence[Picture]) -> list[Tensor | None]:
@@ -53,12 +55,15 @@ def world_tasks(
         score = score_caption if form is WORDS else score_words
         return Task(name, group, form, tuple(own), episodes, score, load)  # type: ignore[arg-type]
 
-    told = [number for number in shots if number > 0]
+    told, untold = [number for number in shots if number > 0], [number for number in shots if number == 0]
     return [
-        task("caption", "mmcore", WORDS, shots, partial(_caption, config, False)),
-        task("caption_unseen", "unseen", WORDS, shots, partial(_caption, config, True)),
+        task("caption", "mmcore", WORDS, untold, partial(_caption, config, False)),
+        task("caption_unseen", "unseen", WORDS, untold, partial(_caption, config, True)),
         *(task(name, "mmcore", WORD, told, partial(_attribute, config, name)) for name in ATTRIBUTES),
-        *(task(name, "textcore", WORD, (0,), partial(_text, config, name)) for name in TEXT_FAMILIES),
+        *(
+            task(name, "textcore", NEXT if name == "chain" else WORD, (0,), partial(_text, config, name))
+            for name in TEXT_FAMILIES
+        ),
         *(task(f"ask_{key}", "sft", WORD, (0,), partial(_question, config, asked)) for key, asked in _questions()),
     ]
 
