@@ -17,12 +17,12 @@ PAPERS = sorted(path.name for path in (SOURCE / "papers").iterdir() if (path / "
 LAYER_0 = {
     "cli", "core.claims", "core.compose", "core.config", "core.cost", "core.doctor", "core.figures", "core.identity",
     "core.launch", "core.paper", "core.plan", "core.planview", "core.progress", "core.provenance", "core.record",
-    "core.report", "core.reportview", "core.results", "core.samples", "core.stats", "core.store", "core.svg",
-    "core.tasks", "core.units",
+    "core.report", "core.reportview", "core.results", "core.samples", "core.slurm", "core.snapshot", "core.squeue",
+    "core.stats", "core.statusview", "core.store", "core.svg", "core.tasks", "core.units",
 }  # fmt: skip
 HOMES = {
     "hydra": ("core.compose",), "wandb": ("core.tracking",), "lm_eval": ("core.evaluate", "plugin"),
-    "peft": ("papers.quietstar.lora",),
+    "peft": ("papers.quietstar.lora",), "submitit": ("core.slurm",),
 }  # fmt: skip
 PURE = {"core.report", "core.reportview", "core.claims", "core.samples", "core.stats", "core.figures", "core.svg"}
 
