@@ -84,7 +84,7 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, cluster: Mapping[str, str]) -> Desk:
+def desk(tmp_path: Path, cluster: Mapping[str, str]) -> Iterator[Desk]:
     checkout, home = tmp_path / "checkout", tmp_path / "home"
     for folder in ("src/retrace", "configs"):
         shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -105,14 +105,9 @@ def desk(tmp_path: Path, cluster: Mapping[str, str]) -> Desk:
     made.shell("git", "init", "-q")
     made.shell("git", "add", ".")
     made.shell(*git, "commit", "-q", "-m", "as it is")
-    return made
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left_in_the_queue(cluster: Mapping[str, str]) -> Iterator[None]:
-    yield
-    subprocess.run(["scancel", "--user", str(os.getuid())], env=cluster)
-    until(lambda: not subprocess.run(["squeue", "-h"], env=cluster, capture_output=True).stdout, seconds=60)
+    yield made
+    made.shell("scancel", "--user", str(os.getuid()))
+    until(lambda: not made.queued())
 
 
 def until(condition: Callable[[], object], *, seconds: float = 120, every: float = 0.2) -> None:
@@ -178,6 +173,7 @@ def test_uncommitted_code_is_refused_or_its_diff_recorded(desk: Desk) -> None:
     assert "+IDEA = 1" in record.provenance["diff"]
 
 
+@pytest.mark.slow
 def test_no_more_jobs_than_allowed_run_at_once_and_cancel_takes_them_out(desk: Desk) -> None:
     sweep = ["quietstar/main", *SMALL, "seed=0,1,2", ON_SLURM]
     desk.retrace("run", *sweep, "hardware.slurm.array_parallelism=1")
@@ -188,6 +184,13 @@ def test_no_more_jobs_than_allowed_run_at_once_and_cancel_takes_them_out(desk: D
         seen.append(desk.running())
         time.sleep(0.3)
     assert {len(jobs) for jobs in seen} <= {0, 1}
+    desk.retrace("run", *sweep, "thoughts.num_sampled=2")  # other arms over the same bases, which are queued already
+    arm = next(
+        s for s in plan(["quietstar/main"], [*SMALL, "seed=2", "thoughts.num_sampled=2"]) if s.program == "train"
+    )
+    waits = desk.field(desk.job(Store(desk.home).run(arm.id)), "Dependency")
+    assert f"afterany:{desk.job(runs[2])}(" in waits
+    desk.retrace("cancel", *sweep, "thoughts.num_sampled=2")
     shown = desk.retrace("cancel", *sweep).stdout
     assert "9 runs: " in shown
     assert shown.count(" cancelled, it was ") >= 6
@@ -249,28 +252,44 @@ def saved(run: RunDir) -> bool:
 
 
 def go_on(desk: Desk, run: RunDir, job: str) -> dict[str, Record]:
-    """Let a requeued job start at once, which Slurm does after two minutes, and wait for the record."""
-    until(lambda: desk.field(job, "JobState") == "PENDING", seconds=60)
+    """See that the job is requeued, let it start at once, which Slurm does after two minutes, and wait for the end."""
+    until(lambda: desk.field(job, "JobState") == "PENDING", seconds=90)
     assert desk.field(job, "Restarts") == "1"
     assert saved(run)
     assert not run.state().finished
     assert f"job {job} requeued (" in desk.retrace("status").stdout
-    desk.shell("scontrol", "update", f"jobid={job}", "StartTime=now")
-    until(lambda: run.state().finished)
+
+    def ended() -> bool:  # it may come to its time limit again
+        if desk.field(job, "JobState") == "PENDING":
+            desk.shell("scontrol", "update", f"jobid={job}", "StartTime=now", ok=False)
+        return run.state().finished
+
+    until(ended, seconds=240, every=1.0)
     return {run.id: desk.records()[run.id]}
 
 
-def test_a_preempted_run_saves_requeues_and_ends_as_an_undisturbed_one(desk: Desk, tmp_path: Path) -> None:
-    run, job = submit(desk, LONG)
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_preempted_run_saves_requeues_and_ends_as_an_undisturbed_one(
+    processes: int, desk: Desk, tmp_path: Path
+) -> None:
+    overrides = LONG if processes == 1 else [*LONG, "base.optim.micro_batch_size=4"]
+    run, job = submit(desk, overrides, f"hardware.processes={processes}")
     assert f"job {job} running on " in desk.retrace("status").stdout
     desk.shell("sbatch", "--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1")
-    assert numbers(go_on(desk, run, job)) == numbers(alone(desk, tmp_path / "alone", LONG))
+    (ended,), (other,) = go_on(desk, run, job).values(), alone(desk, tmp_path / "alone", overrides).values()
+    if processes == 1:
+        assert numbers({run.id: ended}) == numbers({run.id: other})
+    assert ended.metrics == pytest.approx(other.metrics, rel=1e-3)
 
 
 @pytest.mark.slow
 def test_a_run_at_its_time_limit_saves_requeues_and_ends_as_an_undisturbed_one(desk: Desk, tmp_path: Path) -> None:
-    longer = [*LONG, "base.optim.steps=4000"]
-    run, job = submit(desk, longer, "hardware.slurm.minutes=1", "hardware.slurm.signal_seconds=30")
+    (short,) = alone(desk, tmp_path / "short", [*LONG, "base.optim.steps=200"]).values()
+    assert short.cost.seconds is not None
+    longer = [*LONG, f"base.optim.steps={round(200 * 55 / short.cost.seconds)}"]
+    # Slurm looks at limits every 30 s and signals when it might be too late the next time: here after 25 s to 55 s
+    run, job = submit(desk, longer, "hardware.slurm.minutes=1", "hardware.slurm.signal_seconds=5")
     assert numbers(go_on(desk, run, job)) == numbers(alone(desk, tmp_path / "alone", longer))
 
 
@@ -288,6 +307,7 @@ def test_a_job_that_dies_without_a_signal_is_taken_over_by_the_next_run(desk: De
     assert numbers({run.id: desk.records()[run.id]}) == numbers(alone(desk, tmp_path / "alone", LONG))
 
 
+@pytest.mark.slow
 def test_two_tasks_a_run_give_the_losses_of_one_process(desk: Desk, tmp_path: Path) -> None:
     small = [*SMALL, "seed=0", "base.optim.micro_batch_size=2"]
     desk.retrace("run", "quietstar/main", *small, ON_SLURM, "hardware.processes=2")

@@ -55,7 +55,7 @@ class Slurm:
         new = {run_id: spec for run_id, spec in waiting.items() if run_id not in summary.queued}
         if not new:
             return summary
-        code = snapshot.take(self._store, allow_dirty=self._allow_dirty)
+        code = snapshot.take(self._store, allow_dirty=self._allow_dirty).absolute()
         for spec in new.values():
             self._store.run(spec.id).freeze(spec, command=self._command)
         arrays: list[str] = []  # each waits for those before it
@@ -94,11 +94,11 @@ class Slurm:
         """Shell lines, after the user's own, that make a job import and read the snapshot."""
         variables = {
             "RETRACE_HOME": self._store.runs.parent.absolute(),
-            "RETRACE_CONFIGS": code.absolute() / "configs",
+            "RETRACE_CONFIGS": code / "configs",
             "PYTHONSAFEPATH": "1",  # or the folder of submission would come before the snapshot
         }
         lines = [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
-        source = shlex.quote(str(code.absolute() / "src"))
+        source = shlex.quote(str(code / "src"))
         return [*lines, f'export PYTHONPATH={source}"${{PYTHONPATH:+:$PYTHONPATH}}"']
 
 
