@@ -1,4 +1,4 @@
-"""Runs through a real Slurm: one node on loopback, started and stopped by tests/slurm/*.sh."""
+"""Runs through a real Slurm: two nodes on loopback, started and stopped by tests/slurm/*.sh."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ def cluster() -> Iterator[Mapping[str, str]]:
     environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(state / "slurm.conf")}
     up = subprocess.run([SCRIPTS / "up.sh", state], capture_output=True, text=True)
     try:
-        if up.returncode:
-            pytest.skip(f"Slurm does not start here: {up.stderr.strip().splitlines()[-1:]}")
+        assert up.returncode == 0, up.stderr
         yield environment
     finally:
         subprocess.run([SCRIPTS / "down.sh", state], capture_output=True)
@@ -180,7 +179,7 @@ def test_no_more_jobs_than_allowed_run_at_once_and_cancel_takes_them_out(desk: D
     specs = [spec for spec in plan(["quietstar/main"], [*SMALL, "seed=0,1,2"]) if spec.program == "pretrain"]
     runs = [Store(desk.home).run(spec.id) for spec in specs]
     seen: list[list[str]] = []
-    while len({job for jobs in seen for job in jobs}) < 2:  # the node has two CPUs, and a run takes one
+    while len({job for jobs in seen for job in jobs}) < 2:  # there are four CPUs, and a run takes one
         seen.append(desk.running())
         time.sleep(0.3)
     assert {len(jobs) for jobs in seen} <= {0, 1}
@@ -269,14 +268,14 @@ def go_on(desk: Desk, run: RunDir, job: str) -> dict[str, Record]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2], ids=["one_task", "two_tasks"])
 def test_a_preempted_run_saves_requeues_and_ends_as_an_undisturbed_one(
     processes: int, desk: Desk, tmp_path: Path
 ) -> None:
     overrides = LONG if processes == 1 else [*LONG, "base.optim.micro_batch_size=4"]
     run, job = submit(desk, overrides, f"hardware.processes={processes}")
     assert f"job {job} running on " in desk.retrace("status").stdout
-    desk.shell("sbatch", "--partition=high", "--ntasks=2", "--output=/dev/null", "--wrap=sleep 1")
+    desk.shell("sbatch", "--partition=high", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", "--wrap=sleep 1")
     (ended,), (other,) = go_on(desk, run, job).values(), alone(desk, tmp_path / "alone", overrides).values()
     if processes == 1:
         assert numbers({run.id: ended}) == numbers({run.id: other})
@@ -308,10 +307,12 @@ def test_a_job_that_dies_without_a_signal_is_taken_over_by_the_next_run(desk: De
 
 
 @pytest.mark.slow
-def test_two_tasks_a_run_give_the_losses_of_one_process(desk: Desk, tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [1, 2], ids=["one_node", "two_nodes"])
+def test_two_tasks_a_run_give_the_losses_of_one_process(nodes: int, desk: Desk, tmp_path: Path) -> None:
     small = [*SMALL, "seed=0", "base.optim.micro_batch_size=2"]
-    desk.retrace("run", "quietstar/main", *small, ON_SLURM, "hardware.processes=2")
+    desk.retrace("run", "quietstar/main", *small, ON_SLURM, "hardware.processes=2", f"hardware.slurm.nodes={nodes}")
     until(desk.records)
+    assert desk.field(desk.job(Store(desk.home).run(pretraining(small).id)), "NumNodes") == str(nodes)
     (one,), (two,) = alone(desk, tmp_path / "alone", small).values(), desk.records().values()
     assert two.provenance["hardware"].startswith("2 x ")
     assert two.metrics == pytest.approx(one.metrics, rel=1e-4, abs=1e-6)

@@ -8,7 +8,7 @@ for _ in $(seq 50); do
     [ -z "$(squeue -h -t RUNNING,COMPLETING 2> /dev/null)" ] && break
     sleep 0.1
 done
-for file in "$S/slurmd.pid" "$S/slurmctld.pid" "$S/munge/pid"; do
+for file in "$S"/slurmd_*.pid "$S/slurmctld.pid" "$S/munge/pid"; do
     [ -f "$file" ] && kill "$(cat "$file")"
 done
 exit 0

@@ -1,16 +1,17 @@
 #!/bin/bash
-# A real single-node Slurm on loopback, with a munge of its own: up.sh STATE, then SLURM_CONF=STATE/slurm.conf; down.sh STATE.
+# A real Slurm on loopback, two nodes on this machine, with a munge of its own: up.sh STATE, then use
+# SLURM_CONF=STATE/slurm.conf, then down.sh STATE.
 # Needs `apt-get install slurm-wlm munge`; touches nothing outside STATE, which must have a short path (sockets).
 set -euo pipefail
 S=${1:?state folder}
 H=$(hostname -s)
 ME=$(id -un)
 export PATH=$PATH:/usr/sbin
-mkdir -p "$S"/{ctld,d,log,munge}
+mkdir -p "$S"/{ctld,log,munge}
 chmod 755 "$S" "$S/munge"
 free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 MEMORY=$(awk '/MemTotal/ {print int($2 / 1024 * 0.8)}' /proc/meminfo)
-CPUS=${SLURM_TEST_CPUS:-2}
+NODES="$H localhost" # names that resolve, since tasks meet at the first node's
 cat > "$S/slurm.conf" <<C
 ClusterName=test
 SlurmctldHost=$H(127.0.0.1)
@@ -21,13 +22,12 @@ AuthInfo=socket=$S/munge/socket
 CredType=cred/munge
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmctldPort=$(free_port)
-SlurmdPort=$(free_port)
 StateSaveLocation=$S/ctld
-SlurmdSpoolDir=$S/d
+SlurmdSpoolDir=$S/d_%n
 SlurmctldPidFile=$S/slurmctld.pid
-SlurmdPidFile=$S/slurmd.pid
+SlurmdPidFile=$S/slurmd_%n.pid
 SlurmctldLogFile=$S/log/slurmctld.log
-SlurmdLogFile=$S/log/slurmd.log
+SlurmdLogFile=$S/log/slurmd_%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -45,16 +45,18 @@ MinJobAge=3600
 ReturnToService=2
 MpiDefault=none
 RebootProgram=/bin/true
-NodeName=$H NodeAddr=127.0.0.1 CPUs=$CPUS RealMemory=$MEMORY State=UNKNOWN
-PartitionName=low Nodes=$H Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 MaxTime=INFINITE State=UP
-PartitionName=high Nodes=$H PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
+$(for node in $NODES; do
+    echo "NodeName=$node NodeHostname=$H NodeAddr=127.0.0.1 Port=$(free_port) CPUs=2 RealMemory=$((MEMORY / 2)) State=UNKNOWN"
+done)
+PartitionName=low Nodes=${NODES// /,} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 MaxTime=INFINITE State=UP
+PartitionName=high Nodes=${NODES// /,} PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 C
 export SLURM_CONF=$S/slurm.conf
 (umask 077; head -c 1024 /dev/urandom > "$S/munge/key")
 munged --force --socket="$S/munge/socket" --key-file="$S/munge/key" --pid-file="$S/munge/pid" \
     --log-file="$S/munge/log" --seed-file="$S/munge/seed"
 slurmctld -c
-slurmd -c -N "$H"
+for node in $NODES; do slurmd -c -N "$node"; done
 for _ in $(seq 100); do
     [ "$(sinfo -h -o %T 2> /dev/null | sort -u)" = idle ] && exit 0
     sleep 0.1
