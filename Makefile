@@ -4,6 +4,7 @@ HARDWARE ?= cpu
 PYTHON   ?= python3
 BIN      := .venv/bin
 READY    := .venv/.ready
+PAPERS   := $(notdir $(patsubst %/,%,$(dir $(wildcard configs/*/main.yaml))))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint smoke reproduce-% reproduce report bench clean
@@ -29,17 +30,17 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/mypy
 
 smoke: $(READY)  ## every ablation and arm at its smallest, seed 0
-	RETRACE_HOME=$${RETRACE_HOME:-$(CURDIR)/runs/smoke} $(BIN)/retrace run quietstar scale=smoke seed=0
+	RETRACE_HOME=$${RETRACE_HOME:-$(CURDIR)/runs/smoke} $(BIN)/retrace run $(PAPERS) scale=smoke seed=0
 
 reproduce-%: $(READY)  ## run a paper's ablations, judge its claims: reproduce-quietstar
 	@$(BIN)/retrace run $* scale=$(SCALE) hardware=$(HARDWARE); code=$$?; \
 	$(if $(filter slurm_%,$(HARDWARE)),$(BIN)/retrace status $* scale=$(SCALE) --watch --every 30;) \
 	test $$code -gt 1 || $(BIN)/retrace report $* --scale $(SCALE); exit $$code
 
-reproduce: reproduce-quietstar  ## all papers
+reproduce: $(addprefix reproduce-,$(PAPERS))  ## all papers
 
 report: $(READY)  ## the verdicts and the page, from the records there are
-	$(BIN)/retrace report quietstar --scale $(SCALE)
+	$(foreach paper,$(PAPERS),$(BIN)/retrace report $(paper) --scale $(SCALE) &&) true
 
 bench: $(READY)  ## benchmarks: ratios against a reference, never a test
 	$(BIN)/python benchmarks/thought_step.py

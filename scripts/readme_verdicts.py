@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from retrace.core.claims import judge_all, load_claims
+from retrace.core.claims import load_claims
 from retrace.core.config import CONFIGS
 from retrace.core.reportview import view_verdict
 from retrace.core.results import planned_runs
 from retrace.core.store import Store
+from retrace.core.verdicts import judge_all
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- verdicts: scripts/readme_verdicts.py writes this -->", "<!-- end of verdicts -->"

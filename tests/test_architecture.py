@@ -16,15 +16,26 @@ PAPERS = sorted(path.name for path in (SOURCE / "papers").iterdir() if (path / "
 # Layer 0 answers at once on a login node: no torch, also not through what it imports.
 LAYER_0 = {
     "cli", "core.claims", "core.compose", "core.config", "core.cost", "core.doctor", "core.figures", "core.identity",
-    "core.launch", "core.paper", "core.plan", "core.planview", "core.progress", "core.provenance", "core.record",
-    "core.report", "core.reportview", "core.results", "core.samples", "core.slurm", "core.snapshot", "core.squeue",
-    "core.stats", "core.statusview", "core.store", "core.svg", "core.tasks", "core.units",
+    "core.launch", "core.paper", "core.plan", "core.planview", "core.profiles", "core.progress", "core.provenance",
+    "core.record", "core.report", "core.reportfigures", "core.reportview", "core.results", "core.samples",
+    "core.slurm", "core.snapshot", "core.squeue", "core.statusview",
+    "core.stats", "core.store", "core.svg", "core.tasks", "core.texts", "core.units", "core.verdicts",
 }  # fmt: skip
 HOMES = {
     "hydra": ("core.compose",), "wandb": ("core.tracking",), "lm_eval": ("core.evaluate", "plugin"),
     "peft": ("papers.quietstar.lora",), "submitit": ("core.slurm",),
 }  # fmt: skip
-PURE = {"core.report", "core.reportview", "core.claims", "core.samples", "core.stats", "core.figures", "core.svg"}
+PURE = {
+    "core.report",
+    "core.reportview",
+    "core.claims",
+    "core.verdicts",
+    "core.samples",
+    "core.stats",
+    "core.figures",
+    "core.profiles",
+    "core.svg",
+}
 
 
 def name(path: Path) -> str:

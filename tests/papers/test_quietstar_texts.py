@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from retrace.core.config import validate
 from retrace.core.plan import plan
-from retrace.papers.quietstar.texts import HubText, LocalText, TextCorpusConfig, fingerprints, windows
+from retrace.core.texts import HubText, LocalText, fingerprints
+from retrace.papers.quietstar.texts import TextCorpusConfig, windows
 from retrace.papers.quietstar.tokenizer import train_tokenizer
 from retrace.papers.quietstar.windows import Windows
 
@@ -167,7 +168,7 @@ def test_a_file_that_changes_is_another_run(root: Path) -> None:
         copy = root / f"copy{number}.jsonl"
         copy.write_text(text)
         config = corpus(root, ["x"], kind="packed", seq_len=16)
-        found = fingerprints(config.model_copy(update={"heldout": (LocalText(kind="local", path=copy.name),)}))
+        found = fingerprints([*config.base, *config.continued, LocalText(kind="local", path=copy.name)])
         prints.append(found[copy.name])
     assert prints[0] == prints[1] != prints[2]
     for text in ("one", "two"):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from retrace.core.claims import VALUE_SCALES, Verdict
 from retrace.core.stats import estimate
 from retrace.core.svg import (
     NUM_COLOURS,
@@ -28,6 +27,7 @@ from retrace.core.svg import (
     tick_places,
     ticks,
 )
+from retrace.core.verdicts import VALUE_SCALES, Verdict
 
 Curve = Sequence[tuple[int, float]]
 WIDTH, HEIGHT = 350.0, 236.0
@@ -44,12 +44,12 @@ class ArmValues:
     diverged: tuple[int, ...] = ()
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+def axis(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     """The map from `low`..`high` onto `start`..`end`."""
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
-def _range(values: Iterable[float]) -> tuple[float, float]:
+def value_range(values: Iterable[float]) -> tuple[float, float]:
     """A range with some air; a single value gets a range around it."""
     found = list(values) or [0.0, 1.0]
     low, high = min(found), max(found)
@@ -57,9 +57,9 @@ def _range(values: Iterable[float]) -> tuple[float, float]:
     return low - air, high + air
 
 
-def _frame(title: str, low: float, high: float) -> Iterator[str]:
+def frame(title: str, low: float, high: float) -> Iterator[str]:
     """Title, horizontal grid and its numbers."""
-    y = _scale(low, high, HEIGHT - BOTTOM, TOP)
+    y = axis(low, high, HEIGHT - BOTTOM, TOP)
     marks = ticks(low, high)
     places = tick_places(marks)
     yield text(2, 15, shorten(title, 48), "title")
@@ -72,8 +72,8 @@ def sample_figure(name: str, metric: str, arms: Sequence[ArmValues], *, baseline
     """A dot for every seed, thin lines between equal seeds, mean with 95 % interval; the baseline's mean dashed."""
     found = {arm.arm: estimate(arm.values.values()) for arm in arms}
     ends = [v for e in found.values() if e is not None for v in (e.low, e.high) if v is not None]
-    low, high = _range([*ends, *(value for arm in arms for value in arm.values.values())])
-    y = _scale(low, high, HEIGHT - BOTTOM, TOP)
+    low, high = value_range([*ends, *(value for arm in arms for value in arm.values.values())])
+    y = axis(low, high, HEIGHT - BOTTOM, TOP)
     column = (WIDTH - LEFT - RIGHT) / max(1, len(arms))
     centre = {arm.arm: LEFT + column * (index + 0.5) for index, arm in enumerate(arms)}
     seeds = sorted({seed for arm in arms for seed in (*arm.values, *arm.diverged)})
@@ -81,7 +81,7 @@ def sample_figure(name: str, metric: str, arms: Sequence[ArmValues], *, baseline
              for index, seed in enumerate(seeds)}  # fmt: skip
 
     def draw() -> Iterator[str]:
-        yield from _frame(metric, low, high)
+        yield from frame(metric, low, high)
         base = found.get(baseline)
         if base is not None:
             yield line(LEFT, y(base.mean), WIDTH - RIGHT, y(base.mean), "base")
@@ -133,13 +133,13 @@ def _column(
 def curve_figure(name: str, metric: str, arms: Mapping[str, Sequence[Curve]]) -> Figure:
     """A line for every seed, coloured and dashed by arm, over optimizer steps."""
     points = [point for curves in arms.values() for curve in curves for point in curve]
-    low, high = _range(value for _, value in points)
+    low, high = value_range(value for _, value in points)
     first, last = min((step for step, _ in points), default=0), max((step for step, _ in points), default=1)
-    x = _scale(first, max(last, first + 1), LEFT, WIDTH - RIGHT)
-    y = _scale(low, high, HEIGHT - BOTTOM, TOP)
+    x = axis(first, max(last, first + 1), LEFT, WIDTH - RIGHT)
+    y = axis(low, high, HEIGHT - BOTTOM, TOP)
 
     def draw() -> Iterator[str]:
-        yield from _frame(metric, low, high)
+        yield from frame(metric, low, high)
         for mark in ticks(first, last):
             yield text(x(mark), HEIGHT - BOTTOM + 14, number(mark, 0), "tick", anchor="middle")
         yield text(WIDTH - RIGHT, HEIGHT - 6, "step", "tick", anchor="end")
@@ -164,16 +164,18 @@ def verdict_bar(verdict: Verdict, *, width: float = 230.0) -> Figure:
 
 
 def _bar(verdict: Verdict, left: float, middle: float, width: float) -> Iterator[str]:
-    centre, found = left + width / 2, verdict.estimate
-    yield f'<rect x="{num(centre)}" y="{num(middle - 15)}" width="{num(width / 2)}" height="30" class="wash"/>'
+    centre, found, margin = left + width / 2, verdict.estimate, verdict.claim.expect.margin
+    printed = verdict.claim.value if verdict.scale in VALUE_SCALES else None
+    ends = (found.low, found.high) if found else ()
+    shown = [*verdict.differences.values(), *(v for v in (*ends, printed, margin) if v is not None)]
+    reach = max(map(abs, shown), default=0.0) or 1.0
+    half = verdict.claim.sign * (width / 2 - 7)
+    x = axis(-reach, reach, centre - half, centre + half)
+    first, last = (centre, left + width) if margin is None else (x(-margin), x(margin))
+    yield f'<rect x="{num(first)}" y="{num(middle - 15)}" width="{num(last - first)}" height="30" class="wash"/>'
     yield line(centre, middle - 15, centre, middle + 15, "zero")
     if found is None:
         return
-    printed = verdict.claim.value if verdict.scale in VALUE_SCALES else None
-    shown = [*verdict.differences.values(), *(v for v in (found.low, found.high, printed) if v is not None)]
-    reach = max(map(abs, shown)) or 1.0
-    half = verdict.claim.sign * (width / 2 - 7)
-    x = _scale(-reach, reach, centre - half, centre + half)
     for seed, value in verdict.differences.items():
         yield dot(x(value), middle + 8, "sample", radius=2.6, title=f"seed {seed}: {value:+.4g}")
     if found.low is not None and found.high is not None:

@@ -197,7 +197,7 @@ class Local:
                 blocked.discard(spec.id)
                 (summary.done if status == "DONE" else summary.diverged).append(spec.id)
                 if status == "DIVERGED":
-                    _skip_children(spec.id, waiting, summary)
+                    _skip_children(spec.id, waiting, summary, diverged=True)
             elif status == "STOPPED":
                 self._halt.set()
                 summary.stopped += [spec.id, *waiting]
@@ -242,14 +242,17 @@ def unfinished(specs: Sequence[RunSpec], *, store: Store, summary: Summary) -> d
             store.keep_record(spec)
         if states[spec.id].status == "DIVERGED":
             summary.diverged.append(spec.id)
-            _skip_children(spec.id, waiting, summary)
+            _skip_children(spec.id, waiting, summary, diverged=True)
     return waiting
 
 
-def _skip_children(failed: str, waiting: dict[str, RunSpec], summary: Summary) -> None:
-    """Take out of the queue everything that builds on a run without a result to build on."""
+def _skip_children(failed: str, waiting: dict[str, RunSpec], summary: Summary, *, diverged: bool = False) -> None:
+    """Take out of the queue everything that builds on a run without a result to build on.
+
+    To have diverged is a result, for those that accept it.
+    """
     for spec in list(waiting.values()):
-        if failed in spec.parents.values() and spec.id in waiting:
+        if failed in spec.parents.values() and spec.id in waiting and not (diverged and spec.accepts_diverged):
             del waiting[spec.id]
             summary.skipped[spec.id] = failed
             _skip_children(spec.id, waiting, summary)

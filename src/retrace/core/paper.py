@@ -30,11 +30,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Program:
-    """What a stage can execute. `entry` is "package.module:function", called as (config, ctx) -> metrics."""
+    """What a stage can execute. `entry` is "package.module:function", called as (config, ctx) -> metrics.
+
+    One that `accepts_diverged` parents runs also where they diverged, such as a choice among learning rates. It raises
+    Diverged itself where none of them is of use.
+    """
 
     config: type[Frozen]
     entry: str
     cost: Callable[[Any], Cost]
+    accepts_diverged: bool = False
 
     def load(self) -> Callable[[Any, Any], Mapping[str, float]]:
         """Import the program's module and return the function."""

@@ -70,6 +70,7 @@ class RunSpec:
     labels: tuple[str, ...]  # "<ablation>/<arm>/s<seed>": who asked for this run; no part of its identity
     hardware: Hardware
     tracking: Tracking
+    accepts_diverged: bool = False  # it runs also where a parent diverged
 
 
 def load_ablations(paper: str) -> dict[str, Ablation]:
@@ -209,6 +210,7 @@ def _runs(paper: Paper, experiment: Experiment, label: str) -> Iterator[RunSpec]
             labels=(label,),
             hardware=experiment.hardware,
             tracking=experiment.tracking,
+            accepts_diverged=paper.programs[stage.program].accepts_diverged,
         )
 
     yield from visit(paper.stages(experiment))

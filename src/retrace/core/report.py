@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from retrace.core.claims import OUTCOMES, Claim, Verdict, judge
+from retrace.core.claims import Claim
 from retrace.core.figures import forest_figure
 from retrace.core.paper import Paper
 from retrace.core.plan import Ablation
@@ -28,6 +28,7 @@ from retrace.core.reportview import gaps, main_pages, page_links, summary, view_
 from retrace.core.samples import Planned, Samples
 from retrace.core.svg import STYLE
 from retrace.core.units import duration, si
+from retrace.core.verdicts import OUTCOMES, Verdict, judge
 
 TEMPLATES = Path(__file__).parent / "templates"
 SYMBOLS = dict(zip(OUTCOMES, ("\u2713", "\u2197", "\u2717", "?", "\u2013", "\u2013"), strict=True))
@@ -111,7 +112,10 @@ def render(
     }
     environment = _environment()
     environment.filters["pages"] = lambda record: page_links(record, pages)
-    figures = [overview, *(figure for view in views for figure in (*view.figures, *view.curves, *view.joints))]
+    figures = [
+        overview,
+        *(figure for view in views for figure in (*view.figures, *view.curves, *view.profiles, *view.joints)),
+    ]
     files = {f"figures/{figure.name}.svg": figure.standalone() for figure in figures}
     files["REPORT.md"] = re.sub(r"\n{3,}", "\n\n", environment.get_template("report.md.j2").render(page))
     files["index.html"] = environment.get_template("index.html.j2").render(page)
@@ -220,7 +224,7 @@ def print_verdicts(verdicts: Sequence[Verdict], *, console: Console) -> None:
         here = view.shown.mean if verdict.estimate is None else f"{view.shown.mean} {view.shown.interval}"
         if verdict.outcome == "inconclusive" and view.detectable:
             here += f" (detectable: {view.detectable})"
-        says, paper = Text(f"{claim.says.rstrip('.')} ({claim.locus})"), Text(claim.paper or claim.expect.direction)
+        says, paper = Text(f"{claim.says.rstrip('.')} ({claim.locus})"), Text(claim.paper or claim.expected)
         table.add_row(shown, says, paper, Text(here), str(len(verdict.seeds)))
     console.print(table)
     if verdicts:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from retrace.core.claims import OUTCOMES, Verdict
-from retrace.core.figures import ArmValues, curve_figure, joint_figure, sample_figure, verdict_bar
+from retrace.core.claims import Claim
+from retrace.core.figures import verdict_bar
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
-from retrace.core.samples import DIVERGED, Chain, Sample, Samples
+from retrace.core.reportfigures import curves_of, joint_of, profiles_of, samples_of
+from retrace.core.samples import DIVERGED, Sample, Samples
 from retrace.core.stats import Estimate, estimate, paired_differences
 from retrace.core.svg import Figure, decimals, number
+from retrace.core.verdicts import OUTCOMES, Verdict
 
 DIAGNOSTICS = ("grad_norm/", "optim/", "speed/")  # curves for whoever debugs a run; W&B and metrics.jsonl have them
 
@@ -52,6 +54,7 @@ class AblationView:
     figures: tuple[Figure, ...]
     other: tuple[Table, ...]
     curves: tuple[Figure, ...]
+    profiles: tuple[Figure, ...]  # of quantities over the depth of a model, some arms each
     joints: tuple[Figure, ...]  # how two values of a run's items go together, an arm each, all seeds
     records: tuple[tuple[str, int, Record], ...]  # (arm, seed, record), chains in order
 
@@ -65,6 +68,7 @@ class VerdictView:
     detectable: str
     bar: Figure
     arms: tuple[tuple[str, Shown], ...]  # named with the metric where a claim has two
+    told: str  # the means of the arms in one phrase
     seeds: tuple[tuple[int, tuple[tuple[str, Record], ...], str], ...]
 
 
@@ -115,8 +119,21 @@ def view_verdict(verdict: Verdict) -> VerdictView:
     )
     detectable = "" if verdict.detectable is None else number(verdict.detectable, places)
     return VerdictView(
-        verdict, show(verdict.estimate, places=places, sign=True), detectable, verdict_bar(verdict), arms, seeds
+        verdict,
+        show(verdict.estimate, places=places, sign=True),
+        detectable,
+        verdict_bar(verdict),
+        arms,
+        _told(verdict.claim, [f"{arm} {shown.mean}" for arm, shown in arms]),
+        seeds,
     )
+
+
+def _told(claim: Claim, arms: Sequence[str]) -> str:
+    if claim.trend is not None:
+        return f"{', '.join(arms)}; slope per arm"
+    first, *second = (" against ".join(arms[at : at + 2]) for at in range(0, len(arms), 2))
+    return f"{first}; less {second[0]}" if second else first
 
 
 def _cell(sample: Sample, places: int) -> tuple[str, Record]:
@@ -136,14 +153,13 @@ def view_ablation(ablation: Ablation, samples: Samples, *, own: Sequence[str], o
         ablation=ablation,
         arms=arms,
         key=tuple(tables[metric] for metric in key),
-        figures=tuple(_sample_figure(ablation, arms, samples, metric) for metric in drawn),
+        figures=tuple(samples_of(ablation, arms, samples, metric) for metric in drawn),
         other=tuple(table for metric, table in tables.items() if metric not in key),
         curves=tuple(
-            _curve_figure(name, arms, samples, curve)
-            for curve in samples.series(name)
-            if not curve.startswith(DIAGNOSTICS)
+            curves_of(name, arms, samples, curve) for curve in samples.series(name) if not curve.startswith(DIAGNOSTICS)
         ),
-        joints=tuple(figure for arm in arms if (figure := _joint_figure(name, arm, chains.get(arm, {}))) is not None),
+        profiles=profiles_of(name, arms, chains),
+        joints=tuple(figure for arm in arms if (figure := joint_of(name, arm, chains.get(arm, {}))) is not None),
         records=tuple(
             (arm, seed, record)
             for arm in arms
@@ -151,43 +167,6 @@ def view_ablation(ablation: Ablation, samples: Samples, *, own: Sequence[str], o
             for record in chain.records
         ),
     )
-
-
-def _sample_figure(ablation: Ablation, arms: Sequence[str], samples: Samples, metric: str) -> Figure:
-    columns = []
-    for arm in arms:
-        values = {seed: sample.value for seed, sample in samples.values(ablation.name, arm, metric).items()}
-        lost = [seed for seed, why in samples.trouble(ablation.name, arm).items() if why == DIVERGED]
-        columns.append(ArmValues(arm, values, tuple(seed for seed in lost if seed not in values)))
-    return sample_figure(_file(ablation.name, metric), metric, columns, baseline=ablation.baseline)
-
-
-def _curve_figure(ablation: str, arms: Sequence[str], samples: Samples, name: str) -> Figure:
-    chains = samples.chains[ablation]
-    curves = {arm: [c.series[name] for c in chains.get(arm, {}).values() if name in c.series] for arm in arms}
-    return curve_figure(_file(ablation, "curve", name), name, {arm: found for arm, found in curves.items() if found})
-
-
-def _joint_figure(ablation: str, arm: str, chains: Mapping[int, Chain]) -> Figure | None:
-    """The joint distribution that an arm's records hold, its counts summed over the seeds; None where there is none."""
-    notes = [r.provenance["joint"] for chain in chains.values() for r in chain.records if "joint" in r.provenance]
-    if not notes:
-        return None
-    rows = zip(*(note["counts"] for note in notes), strict=True)  # of bins that are the same for all
-    found = notes[0]
-    return joint_figure(
-        _file(ablation, "joint", arm),
-        f"{arm}: {found['title']}",
-        x_edges=found["x_edges"],
-        y_edges=found["y_edges"],
-        counts=[[sum(cells) for cells in zip(*row, strict=True)] for row in rows],
-        x_label=found["x_label"],
-        y_label=found["y_label"],
-    )
-
-
-def _file(*parts: str) -> str:
-    return "--".join("".join(c if c.isalnum() or c in "_." else "-" for c in part) for part in parts)
 
 
 def _table(ablation: Ablation, arms: Sequence[str], samples: Samples, metric: str) -> Table:

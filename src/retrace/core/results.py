@@ -6,13 +6,14 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 
-from retrace.core.claims import Verdict, load_claims
+from retrace.core.claims import load_claims
 from retrace.core.config import CONFIGS, SCALES
 from retrace.core.paper import load_paper
 from retrace.core.plan import load_ablations, plan
 from retrace.core.report import build_report, print_verdicts
 from retrace.core.samples import Planned
 from retrace.core.store import Store
+from retrace.core.verdicts import Verdict
 
 
 def report(slug: str, *, scale: str, store: Store, console: Console) -> tuple[Verdict, ...]:
@@ -48,5 +49,6 @@ def planned_runs(slug: str, *, scale: str, store: Store) -> list[Planned]:
     for spec in plan([slug], [f"scale={scale}"]):
         state = store.run(spec.id).state()
         status = recorded.get(spec.id, state.status)
-        runs.append(Planned(spec.id, spec.program, spec.labels, status, "" if spec.id in recorded else state.reason))
+        reason = "" if spec.id in recorded else state.reason
+        runs.append(Planned(spec.id, spec.program, spec.labels, status, reason, spec.accepts_diverged))
     return runs

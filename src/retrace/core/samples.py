@@ -5,7 +5,8 @@ a chain are read as one: a metric belongs to the last program that has it anywhe
 of a program in a chain to the last, so the loss of a base model never stands in for that of a training that is still
 missing. Only DONE runs have metrics. A run that
 diverged is a result and not a gap: every chain has the metric `diverged`, 1.0 as soon as one of its runs diverged, 0.0
-once all of them are done, and missing before that.
+once all of them are done, and missing before that. A diverged run that another one of the chain has made use of, or
+will, does not count: such as one of several learning rates of which the best is chosen.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Planned:
     labels: tuple[str, ...]
     status: str  # PLANNED, RUNNING, DONE, DIVERGED or FAILED
     reason: str = ""
+    accepts_diverged: bool = False  # it makes use of parents that diverged
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,15 @@ class Chain:
     """The records of one label, parents before children.
 
     `complete`: every run of the chain is among them. `owners`: the program that each metric and curve is taken from.
-    `last`: the ids of those that are the last of their program in the chain.
+    `last`: the ids of those that are the last of their program in the chain. `awaited`: of runs that are still to come
+    and accept diverged parents.
     """
 
     records: tuple[Record, ...]
     complete: bool
     owners: Mapping[str, str]
     last: Collection[str]
+    awaited: Collection[str] = ()
 
     @cached_property
     def metrics(self) -> dict[str, Sample]:
@@ -72,8 +76,11 @@ class Chain:
 
     @property
     def diverged(self) -> Record | None:
-        """The run that diverged, if one did."""
-        return next((record for record in self.records if record.status == "DIVERGED"), None)
+        """The run that diverged, if one did that no other run makes use of."""
+        if self.awaited:
+            return None
+        used = {parent for record in self.records if record.status == "DONE" for parent in record.parents.values()}
+        return next((r for r in self.records if r.status == "DIVERGED" and r.id not in used), None)
 
 
 class Samples:
@@ -139,6 +146,7 @@ class Samples:
         return groups
 
     def _fill(self, groups: dict[str, dict[str, Record]]) -> None:
+        accepting = {run.id for run in self.planned if run.accepts_diverged}
         runs: dict[str, dict[str, str]] = {}  # label -> program of each run of its chain, parents first
         for run in self.planned:
             for label in run.labels:
@@ -160,6 +168,7 @@ class Samples:
                 complete=(known.keys() if label in runs else everything[ablation]) <= group.keys(),
                 owners=owners[ablation],
                 last=set(last.values()),
+                awaited=accepting.intersection(known) - group.keys(),
             )
             self.chains.setdefault(ablation, {}).setdefault(arm, {})[int(seed)] = chain
 

@@ -203,7 +203,7 @@ class Job:
             return state.status, state.reason
         for parent in spec.parents.values():
             found = store.run(parent).state().status
-            if found != "DONE":
+            if found != "DONE" and not (found == "DIVERGED" and spec.accepts_diverged):
                 return "FAILED", f"it builds on {parent}, which is {found} and has no result; `retrace run` tries again"
         if self.worker is None:
             self.worker = Worker(threads=spec.hardware.threads, task=_task())

@@ -136,6 +136,7 @@ class RunDir:
         tree["hardware"] = validate(Hardware, tree["hardware"], source=str(self.path))
         tree["tracking"] = validate(Tracking, tree["tracking"], source=str(self.path))
         tree["labels"] = tuple(tree["labels"])
+        tree["accepts_diverged"] = program.accepts_diverged
         return RunSpec(**tree), command
 
     def state(self) -> State:

@@ -1,7 +1,7 @@
 """What a method decides before training: standard deviations of the weights, and how a branch joins the residual.
 
-A method (methods.py) makes a `ModelInit` of a shape; the model (model.py) is built from it, and the theory (recursion.py)
-predicts the moments of it, so both speak of the same network. No torch.
+A method (methods.py) makes a `ModelInit` of a shape; the model (model.py) is built from it, and the theory
+(recursion.py) predicts the moments of it, so both speak of the same network. No torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class AttentionInit:
 
 @dataclass(frozen=True)
 class FeedForwardInit:
-    """Standard deviations of the matrices into and out of the hidden layer (of a gate: as `inner`), and its residual."""
+    """Standard deviations of the matrices into (a gate too) and out of the hidden layer, and its residual."""
 
     inner: float
     outer: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 from retrace.core.config import data_root
 from retrace.core.paper import Stage
 from retrace.core.tasks import task_fingerprint, validate_tasks
+from retrace.core.texts import fingerprints
 from retrace.papers.quietstar.config import (
     GENERATED,
     TASKS,
@@ -16,7 +17,7 @@ from retrace.papers.quietstar.config import (
 )
 from retrace.papers.quietstar.corpus import questions
 from retrace.papers.quietstar.models import PretrainedModel, ScratchModel
-from retrace.papers.quietstar.texts import TextCorpusConfig, fingerprints
+from retrace.papers.quietstar.texts import TextCorpusConfig
 from retrace.papers.quietstar.world import CorpusConfig
 
 
@@ -28,7 +29,7 @@ def stages(config: QuietStarConfig) -> Stage:
     """
     c = config
     tasks = {name: task_fingerprint(name, tasks_dir=TASKS, data_dir=data_root()) for name in c.eval.tasks}
-    files = fingerprints(c.corpus) if isinstance(c.corpus, TextCorpusConfig) else {}
+    files = fingerprints(c.corpus.every_source()) if isinstance(c.corpus, TextCorpusConfig) else {}
     base: dict[str, Stage] = {}
     if isinstance(c.model, ScratchModel):
         assert c.base is not None

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from retrace.core.bpe import train_bpe
 from retrace.papers.quietstar.vocabulary import BOS, CONTINUED, END, EOS, PAD, PIECE, START, UNKNOWN, vocabulary
 
 # Spaces that stand between two tokens but not in English: before closing and after opening marks, inside of numbers.
@@ -57,30 +58,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of `vocab_size` tokens in which every digit is a token; <bos> opens every encoded text."""
-    special = [PAD, BOS, EOS, START, END]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
+    return train_bpe(
         texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    found = tokenizer.get_vocab_size()
-    if found != vocab_size:
-        raise ValueError(f"corpus.vocab_size={vocab_size}: the base text gives only {found} tokens; ask for fewer")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        vocab_size=vocab_size,
+        key="corpus.vocab_size",
+        opening=BOS,
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
         additional_special_tokens=[START, END],
-        clean_up_tokenization_spaces=False,
     )
