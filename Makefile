@@ -34,6 +34,7 @@ smoke: $(READY)  ## every ablation and arm at its smallest, seed 0
 
 reproduce-%: $(READY)  ## run a paper's ablations, judge its claims: reproduce-quietstar
 	@$(BIN)/retrace run $* scale=$(SCALE) hardware=$(HARDWARE); code=$$?; \
+	$(if $(filter slurm_%,$(HARDWARE)),$(BIN)/retrace status $* scale=$(SCALE) --watch --every 30;) \
 	test $$code -gt 1 || $(BIN)/retrace report $* --scale $(SCALE); exit $$code
 
 reproduce: $(addprefix reproduce-,$(PAPERS))  ## all papers

@@ -1,7 +1,11 @@
-"""Write the verdict table into README.md from the committed records: `python scripts/readme_verdicts.py [--check]`."""
+"""Write the verdict tables into README.md from the committed records: `python scripts/readme_verdicts.py [--check]`.
+
+A table stands between `<!-- verdicts of PAPER at SCALE: ... -->` and `<!-- end of verdicts -->`.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from retrace.core.store import Store
 from retrace.core.verdicts import judge_all
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- verdicts: scripts/readme_verdicts.py writes this -->", "<!-- end of verdicts -->"
+PLACE = re.compile(r"(<!-- verdicts of (\w+) at (\w+): [^\n]*-->\n).*?(<!-- end of verdicts -->)", re.DOTALL)
 SHOWN = ("reproduced", "direction only", "contradicted", "inconclusive")
 
 
@@ -34,9 +38,7 @@ def table(slug: str, scale: str) -> str:
 def main() -> int:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    new = f"{head}{BEGIN}\n{table('quietstar', 'laptop')}\n{END}{tail}"
+    new = PLACE.sub(lambda found: f"{found[1]}{table(found[2], found[3])}\n{found[4]}", text)
     if "--check" in sys.argv:
         if new != text:
             print(

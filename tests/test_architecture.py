@@ -18,11 +18,12 @@ LAYER_0 = {
     "cli", "core.claims", "core.compose", "core.config", "core.cost", "core.doctor", "core.figures", "core.identity",
     "core.launch", "core.paper", "core.plan", "core.planview", "core.profiles", "core.progress", "core.provenance",
     "core.record", "core.report", "core.reportfigures", "core.reportview", "core.results", "core.samples",
+    "core.slurm", "core.snapshot", "core.squeue", "core.statusview",
     "core.stats", "core.store", "core.svg", "core.tasks", "core.texts", "core.units", "core.verdicts",
 }  # fmt: skip
 HOMES = {
     "hydra": ("core.compose",), "wandb": ("core.tracking",), "lm_eval": ("core.evaluate", "plugin"),
-    "peft": ("papers.quietstar.lora",),
+    "peft": ("papers.quietstar.lora",), "submitit": ("core.slurm",),
 }  # fmt: skip
 PURE = {
     "core.report",

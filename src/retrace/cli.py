@@ -110,12 +110,40 @@ def plan(words: Words) -> None:
 
 
 @app.command()
-def run(words: Words) -> None:
+def run(
+    words: Words,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="On Slurm: submit uncommitted code, and keep its diff in the records")
+    ] = False,
+) -> None:
     """Start, resume, or do nothing where nothing is left; the same command serves for all three."""
     from retrace.core import plan as planning
 
     targets, overrides = split(words)
-    raise typer.Exit(sweep(planning.plan(targets, overrides, check=True)))
+    specs = planning.plan(targets, overrides, check=True)
+    places = {spec.hardware.name: spec.hardware.slurm is not None for spec in specs}
+    if len(set(places.values())) > 1:
+        raise ValueError(f"hardware={','.join(places)}: some on Slurm and some here; give them in two commands")
+    raise typer.Exit(submit(specs, allow_dirty=allow_dirty) if any(places.values()) else sweep(specs))
+
+
+def submit(specs: list[RunSpec], *, allow_dirty: bool) -> int:
+    """Put runs into Slurm's queue; exit code 0, or 1 when some can't be tried."""
+    from retrace.core.slurm import Slurm
+    from retrace.core.store import Store
+
+    summary = Slurm(Store(), command=shlex.join(["retrace", *sys.argv[1:]]), allow_dirty=allow_dirty).run(specs)
+    jobs = list(dict.fromkeys(summary.queued.values()))
+    finished = len(specs) - len(summary.queued) - len(summary.skipped)
+    counts = f"{len(specs)} runs: {finished} finished before, {len(summary.queued)} in the queue"
+    counts += (
+        f" as {len(jobs)} jobs, {jobs[0]} to {jobs[-1]}" if len(jobs) > 1 else f" as job {jobs[0]}" if jobs else ""
+    )
+    counts += f", {len(summary.skipped)} not tried because they build on diverged ones" if summary.skipped else ""
+    console.print(counts, highlight=False, soft_wrap=True)
+    if jobs:
+        console.print("follow them with `retrace status --watch`, stop them with `retrace cancel`", highlight=False)
+    return 1 if summary.skipped else 0
 
 
 def sweep(specs: list[RunSpec]) -> int:
@@ -150,14 +178,39 @@ def sweep(specs: list[RunSpec]) -> int:
 @app.command()
 def status(
     words: Annotated[list[str] | None, typer.Argument(help="As for `run`; nothing: all runs on disk")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until nothing runs or is queued")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --watch")] = 5.0,
 ) -> None:
-    """Show how far runs are and why failed ones failed."""
+    """Show how far runs are, where they are in Slurm's queue, and why failed ones failed."""
     from retrace.core import plan as planning
-    from retrace.core.planview import print_status
+    from retrace.core import statusview
     from retrace.core.store import Store
 
     specs = planning.plan(*split(words)) if words else None
-    print_status(specs, store=Store(), console=console)
+    if watch:
+        statusview.watch(specs, store=Store(), console=console, every=every)
+    else:
+        statusview.print_status(specs, store=Store(), console=console)
+
+
+@app.command()
+def cancel(
+    words: Annotated[
+        list[str], typer.Argument(help="Ids of runs, starts of ids, labels, or targets with overrides as for `run`")
+    ],
+) -> None:
+    """Take the Slurm jobs of runs out of the queue; what runs saves first, and `run` goes on from there."""
+    from retrace.core import squeue
+    from retrace.core.statusview import named_runs
+    from retrace.core.store import Store
+
+    store = Store()
+    chosen = named_runs(words, store=store)
+    told = squeue.cancel([store.run(run_id) for run_id in chosen if not store.run(run_id).state().finished])
+    for run_id, what in told.items():
+        console.print(f"{run_id}  {chosen[run_id]}  {what}", highlight=False, markup=False, soft_wrap=True)
+    cancelled = sum(" cancelled, " in what for what in told.values())
+    console.print(f"{len(chosen)} runs: {cancelled} cancelled, {len(chosen) - len(told)} finished", highlight=False)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -111,6 +112,26 @@ def test_closed_form_and_integrals_meet_at_small_scores_and_causal_sums_are_harm
     assert float(causal.square) == pytest.approx(h / length, rel=1e-4)
     assert float(causal.shared) == pytest.approx(2 - 2 * h / length, rel=1e-9)  # Section 1.9
     assert float(causal.pair) == pytest.approx(2 * (length - h) / (length * (length - 1)), rel=1e-9)
+
+
+@pytest.mark.parametrize(("s", "factor"), [(4.0, 1.1), (16.0, 2.0), (64.0, 4.0)])
+@pytest.mark.parametrize("corr", [0.2, 0.6])
+def test_large_scores_are_predicted_to_a_stated_factor(s: float, factor: float, corr: float) -> None:
+    x, g, sizes = Moments(0.0, 1.0, corr), GradMoments(1.0, corr / 2), {"width": 64, "seq_len": 48}
+    inputs = draw(x, length=48, width=64, seed=1).requires_grad_()
+    out = attention(inputs, inputs, s)
+    (grad,) = torch.autograd.grad(out, inputs, draw(g, length=48, width=64, seed=2))
+    found = att.attention_backward(g, x, score_var=s, weights="exact", **sizes)
+    assert 1 / factor < float(found.var) / float(grad.square().mean()) < factor
+    assert 0 < float(att.attention(x, score_var=s, weights="exact", **sizes).corr) <= 1
+
+
+def test_no_score_variance_gives_a_negative_variance() -> None:
+    x, g = Moments(0.0, 1.0, np.linspace(0, 0.99, 12)), GradMoments(1.0, np.linspace(-1 / 15, 1, 5)[:, None])
+    for s in (1.0, 16.0, 64.0, 256.0):
+        found = att.attention_backward(g, x, width=16, seq_len=16, score_var=s, weights="exact")
+        assert np.all(found.var > 0)
+        assert np.all((found.corr >= -1 / 15 - 1e-12) & (found.corr <= 1 + 1e-9))
 
 
 def test_what_causal_queries_share_is_that_of_the_jacobians_at_even_weights() -> None:

@@ -218,3 +218,27 @@ def test_a_thousand_layers_are_built_and_measured_within_a_minute() -> None:
     assert time.monotonic() - start < 60
     assert len(moments.names) == 2001
     assert np.isfinite(moments.grad_corr).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_a_thousand_layers_of_dslm_learn_within_a_hundred_steps(placement: str) -> None:
+    """Texts count upwards from a random start, so that every token but the first follows from the one before."""
+    size = 41
+    shape = ModelShape(
+        kind="decoder", placement=placement, norm="layernorm", activation="relu", positions="learned", num_layers=1000,
+        hidden_size=64, num_heads=2, intermediate_size=256, dropout=0.1, attention_dropout=0.1, vocab_size=size,
+        seq_len=16,
+    )  # fmt: skip
+    model = Transformer(shape, initialise(shape, "dslm"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    losses = []
+    for _ in range(100):
+        ids = (torch.randint(size, (4, 1)) + torch.arange(17)) % size
+        loss = model.loss(model(ids[:, :-1]), ids[:, 1:])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert np.mean(losses[-10:]) < 0.8 * min(math.log(size), float(np.mean(losses[:10])))

@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerFast
 
 from retrace.core.config import validate
 from retrace.papers.mm1.corpora import HubDataset, ImageFolder, LocalShards, check, fingerprint
-from retrace.papers.mm1.corpus_source import CorpusSource, load_image
+from retrace.papers.mm1.corpus_source import CorpusSource
 from retrace.papers.mm1.documents import build_tokenizer
 from retrace.papers.mm1.mixture import Mixture
 from retrace.papers.mm1.packing import Draft, Picture, Window
+from retrace.papers.mm1.photos import load_image
 from retrace.papers.mm1.rows import Piece
 from retrace.papers.mm1.stream import Stream
 from retrace.papers.mm1.world import DIGITS, IMAGE, PAD, vocabulary
@@ -114,7 +115,8 @@ def numbers(config: Corpus, count: int, seed: int = 0) -> list[int]:
 def make(root: Path, kind: str) -> Corpus:
     """The numbers 0 to 11 as a corpus of each kind."""
     if kind == "folder":
-        write_folder(root / "photos", range(12))
+        write_folder(root / "photos", range(9))
+        write_folder(root / "photos" / "more", range(9, 12))
         return folder()
     if kind == "captions":
         write_folder(root / "photos", range(12))
@@ -161,7 +163,7 @@ def test_a_stream_goes_on_from_any_mark(root: Path, kind: str) -> None:
 def test_a_mixed_stream_of_files_is_the_same_when_it_is_taken_up(root: Path, kind: str, tmp_path: Path) -> None:
     config = make(root, kind)
     write_jsonl(root / "texts.jsonl", [{"text": " ".join(random.Random(i).choices(DIGITS, k=20))} for i in range(9)])
-    window = Window(64, 4, 8, pad_id=vocabulary()[PAD], image_id=vocabulary()[IMAGE])
+    window = Window(32, 4, 8, pad_id=vocabulary()[PAD], image_id=vocabulary()[IMAGE])
 
     def stream(marks: Path | None) -> Stream:
         sources = {"caption": source(config), "text": source(shards("texts.jsonl", document="text"))}
@@ -205,7 +207,10 @@ def test_a_broken_image_leaves_out_its_document_and_is_counted_once_warned(
     (root / "photos" / "003.jpg").write_bytes(photo(3)[:300])  # truncated
     (root / "photos" / "007.jpg").write_text("no image")
     (root / "photos" / "020.jpg").write_bytes(photo(20))  # without a caption
+    (root / "photos" / ".DS_Store").write_text("hidden")
     own = source(folder(max_bad_share=0.2))
+    assert "uncaptioned: 1 files are left out" in caplog.text
+    caplog.clear()
     window = Window(40, 4, 8, pad_id=vocabulary()[PAD], image_id=vocabulary()[IMAGE])
     stream = Stream(Mixture(weights={"caption": 1.0}), {"caption": own}, window=window, image_size=6, seed=0)
     with caplog.at_level(logging.WARNING):
@@ -279,6 +284,12 @@ def test_what_is_not_there_is_refused_in_one_sentence(root: Path, monkeypatch: p
         check(folder())
     with pytest.raises(ValueError, match=r"no file: expected files that all end in one of .tar, .parquet, .jsonl"):
         check(shards("cc3m/*.tar"))
+    (root / "photos" / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="a.txt: no text in UTF-8 .*: save it as that"):
+        check(folder())
+    (root / "photos" / "captions.jsonl").write_text('{"image": "a.png", "te')
+    with pytest.raises(ValueError, match="captions.jsonl: line 1 is torn: write it anew"):
+        check(folder())
     write_tar(root / "tars" / "0.tar", range(2))
     with pytest.raises(ValueError, match="no field 'image' in a row of a caption; its fields are: jpg, txt"):
         check(shards("tars/*.tar"))

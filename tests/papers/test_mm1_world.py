@@ -133,7 +133,7 @@ def test_captions_are_noisy_as_often_as_asked_and_synthetic_ones_never() -> None
 def test_the_last_answer_follows_from_the_earlier_turns(attribute: str) -> None:
     rng = random.Random(5)
     for _ in range(200):
-        turns = draw_turns(WORLD, rng, attribute=attribute, count=4, unseen=True)  # type: ignore[arg-type]
+        turns = draw_turns(WORLD, rng, attribute=attribute, count=4)  # type: ignore[arg-type]
         scene, said = turns[-1]
         if attribute == "name":
             meant = {shape.shape: name for shape, name in turns[:-1]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
@@ -33,6 +34,39 @@ class Placement(Frozen):
     """Base of config parts that say where and how a run is carried out, which can change no number."""
 
 
+class SlurmJobs(Placement):
+    """How jobs are asked for. Tasks, CPUs and GPUs follow from the processes of a run and their threads."""
+
+    partition: str | None  # null, here and below: the cluster's own default
+    account: str | None
+    qos: str | None
+    minutes: int = Field(ge=1)  # the time limit of a job; a run that needs longer is requeued and goes on
+    nodes: int = Field(ge=1)  # of one run; its processes are spread evenly over them
+    memory_gb: float | None = Field(gt=0)  # of a node, main memory
+    array_parallelism: int = Field(ge=1)  # jobs at the same time
+    runs_per_job: int = Field(ge=1)  # small runs, one after another in a job
+    signal_seconds: int = Field(ge=1)  # before the time limit: when a run is told to save and stop
+    max_requeues: int = Field(ge=0)  # after that many time limits a job gives up; preemptions are not counted
+    setup: tuple[str, ...]  # shell lines at the start of a job, such as "module load cuda"
+    extra: tuple[str, ...]  # other options of sbatch, such as "--constraint=h100"
+
+    @model_validator(mode="after")
+    def _extra_are_options(self) -> Self:
+        for text in self.extra:
+            if not re.fullmatch(r"--[a-z][a-z0-9-]*(=\S.*)?", text):
+                raise ValueError(f"extra={text!r}: expected an option of sbatch in full, such as --constraint=h100")
+        return self
+
+    @model_validator(mode="after")
+    def _signal_within_the_limit(self) -> Self:
+        if self.signal_seconds >= 60 * self.minutes:
+            raise ValueError(
+                f"signal_seconds={self.signal_seconds} with minutes={self.minutes}: the signal would come before the "
+                "job; lower signal_seconds or raise minutes"
+            )
+        return self
+
+
 class Hardware(Placement):
     """One machine or one kind of node: a YAML in configs/hardware."""
 
@@ -47,18 +81,30 @@ class Hardware(Placement):
     peak_flops: float | None = Field(gt=0)  # of one process, in the dtype used; null: unknown, so MFU is unknown
     planned_mfu: float | None = Field(gt=0, le=1)  # share of the peak to plan with where nothing was measured yet
     checkpoint_seconds: float = Field(ge=0)  # least time between two checkpoints of a run
+    slurm: SlurmJobs | None = None  # null: on this machine
 
     @model_validator(mode="after")
     def _something_to_share(self) -> Self:
         if self.shard and self.processes == 1:
             raise ValueError("shard=true with processes=1: nothing is shared; set processes to the number of GPUs")
+        if self.slurm and self.processes % self.slurm.nodes:
+            raise ValueError(
+                f"processes={self.processes} with slurm.nodes={self.slurm.nodes}: expected a multiple of it"
+            )
+        if self.slurm and self.slurm.runs_per_job > 1 and self.processes > 1:
+            raise ValueError(
+                f"slurm.runs_per_job={self.slurm.runs_per_job} with processes={self.processes}: only runs of one "
+                "process share a job; set slurm.runs_per_job to 1"
+            )
         if self.shard and self.compile:
             raise ValueError("shard=true with compile=true: not tried together; set one of them to false")
         return self
 
     @property
     def slots(self) -> int:
-        """How many runs this machine carries out side by side."""
+        """How many runs go on side by side, here or in the cluster."""
+        if self.slurm:
+            return self.slurm.array_parallelism
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return self.parallel_runs or max(1, cores // (self.threads * self.processes))
 

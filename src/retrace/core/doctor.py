@@ -11,13 +11,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from retrace.core.config import Hardware, Tracking, data_root, papers, read_yaml
+from retrace.core.config import Hardware, Tracking, data_root, papers, read_yaml, validate
 from retrace.core.plan import load_ablations
 from retrace.core.provenance import processor
 from retrace.core.tracking import wandb_mode
 
 NEEDED_GIB = 1.0
-REQUIRED = ("torch", "transformers", "accelerate", "datasets", "lm-eval", "hydra-core", "peft", "scipy", "wandb")
+REQUIRED = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "lm-eval",
+    "hydra-core",
+    "peft",
+    "scipy",
+    "submitit",
+    "wandb",
+)
 
 Check = tuple[bool | None, str, str]  # fine / not fine / optional and absent; what; how to get it
 
@@ -44,6 +55,8 @@ def _checks(home: Path, configs: Path) -> Iterator[Check]:
     yield True, f"{cores} cores: {processor()}", ""
     gpu = shutil.which("nvidia-smi") is not None
     yield (True if gpu else None), "NVIDIA GPU", "not needed for scale=smoke and scale=laptop"
+    slurm = shutil.which("sbatch") is not None
+    yield (True if slurm else None), "Slurm", "only for hardware=slurm_...: a login node has it"
     try:
         home.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(home).free / 2**30
@@ -69,5 +82,5 @@ def _checks(home: Path, configs: Path) -> Iterator[Check]:
     for slug in papers():
         yield True, f"{slug}: {len(load_ablations(slug))} ablations", ""
     for path in sorted((configs / "hardware").glob("*.yaml")):
-        hardware = Hardware.model_validate({**read_yaml(path)})
+        hardware = validate(Hardware, read_yaml(path), source=path.name)
         yield True, f"hardware={path.stem}: {hardware.device} x {hardware.processes}, {hardware.slots} runs at once", ""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,14 +32,21 @@ class Summary:
     failed: dict[str, str] = field(default_factory=dict)  # id -> first line of why
     skipped: dict[str, str] = field(default_factory=dict)  # id -> the failed run that it builds on
     stopped: list[str] = field(default_factory=list)
+    queued: dict[str, str] = field(default_factory=dict)  # id -> the job that will run it
 
 
 class Worker:
-    """A process that runs one run at a time; started again when it has died."""
+    """A process that runs one run at a time; started again when it has died.
 
-    def __init__(self, *, threads: int) -> None:
+    In a `task` of a job, somebody else has started the other processes of the run, and `task` is what torch's
+    `env://` needs to find them: RANK, WORLD_SIZE, MASTER_ADDR, ...
+    """
+
+    def __init__(self, *, threads: int, task: Mapping[str, str] | None = None) -> None:
+        self._task = task
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self._environment |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+        self._environment |= task or {}
         self._process: subprocess.Popen[str] | None = None
         self._errors: list[str] = []
 
@@ -64,11 +71,14 @@ class Worker:
         return answer["status"], answer["reason"]
 
     def _run_many(self, spec: RunSpec, path: Path) -> tuple[str, str]:
-        """A run of several processes, through Accelerate's launcher."""
+        """A run of several processes, through Accelerate's launcher; or this task's one of them."""
         hardware = spec.hardware
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(hardware.processes)]
-        command += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0", "-m", "retrace.worker", str(path)]
+        command = [sys.executable, "-m"]
+        if self._task is None:
+            command += ["accelerate.commands.launch", "--num_processes", str(hardware.processes)]
+            command += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+            command += ["--main_process_port", "0", "-m"]
+        command += ["retrace.worker", str(path)]
         if hardware.device == "cpu":  # `--cpu` starts a single process; this is what really gives several
             self._environment["ACCELERATE_USE_CPU"] = "true"
         process = self._start(command)
@@ -138,14 +148,7 @@ class Local:
     def run(self, specs: Sequence[RunSpec]) -> Summary:
         """Carry out all runs that are not finished. On Ctrl-C the runs in hand save and stop, then it is raised."""
         summary = Summary()
-        states = {spec.id: self._store.run(spec.id).state() for spec in specs}
-        waiting = {spec.id: spec for spec in specs if not states[spec.id].finished}
-        for spec in specs:
-            if states[spec.id].finished:
-                self._store.keep_record(spec)
-            if states[spec.id].status == "DIVERGED":
-                summary.diverged.append(spec.id)
-                _skip_children(spec.id, waiting, summary, diverged=True)
+        waiting = unfinished(specs, store=self._store, summary=summary)
         if not waiting:
             return summary
         slots = min(len(waiting), next(iter(waiting.values())).hardware.slots)
@@ -228,6 +231,19 @@ class Local:
             ended.put((spec, status, reason))
         if worker is not None:
             worker.close()
+
+
+def unfinished(specs: Sequence[RunSpec], *, store: Store, summary: Summary) -> dict[str, RunSpec]:
+    """The runs that are to be carried out, by id. Of the others the records are kept and the summary told."""
+    states = {spec.id: store.run(spec.id).state() for spec in specs}
+    waiting = {spec.id: spec for spec in specs if not states[spec.id].finished}
+    for spec in specs:
+        if states[spec.id].finished:
+            store.keep_record(spec)
+        if states[spec.id].status == "DIVERGED":
+            summary.diverged.append(spec.id)
+            _skip_children(spec.id, waiting, summary, diverged=True)
+    return waiting
 
 
 def _skip_children(failed: str, waiting: dict[str, RunSpec], summary: Summary, *, diverged: bool = False) -> None:

@@ -152,7 +152,9 @@ def _seed(override: str) -> int:
 
 def _check(paper: Paper, experiment: Experiment) -> None:
     hardware = experiment.hardware
-    if hardware.device == "cuda" and shutil.which("nvidia-smi") is None:
+    if hardware.slurm and shutil.which("sbatch") is None:
+        raise ValueError(f"hardware={hardware.name} submits to Slurm, and this machine has no sbatch; use a login node")
+    if hardware.slurm is None and hardware.device == "cuda" and shutil.which("nvidia-smi") is None:
         raise ValueError(f"hardware={hardware.name} needs an NVIDIA GPU, and this machine has none; try hardware=cpu")
     if paper.check is not None:
         paper.check(experiment)

@@ -57,7 +57,7 @@ def print_plan(specs: Sequence[RunSpec], *, store: Store, console: Console) -> N
         label = spec.labels[0] + (f" +{len(spec.labels) - 1}" if len(spec.labels) > 1 else "")
         numbers = [si(cost.tokens), si(cost.flops), _shown_time(time)]
         numbers += [_gpu_hours([seconds], spec.hardware)] if on_gpu else []
-        table.add_row(spec.id, escape(label), _shown(state), *numbers, _shown_memory(cost, spec.hardware))
+        table.add_row(spec.id, escape(label), shown(state), *numbers, _shown_memory(cost, spec.hardware))
     if console.is_terminal:
         console.print(table)
     else:
@@ -106,22 +106,8 @@ def _shown_memory(cost: Cost, hardware: Hardware) -> str:
     return f"{si(cost.state_bytes(hardware))}B + {si(cost.activation_bytes(hardware))}B"
 
 
-def print_status(specs: Sequence[RunSpec] | None, *, store: Store, console: Console) -> None:
-    """Each run's state, reasons in full, and counts; all runs on disk where `specs` is None."""
-    labels = {spec.id: spec.labels[0] for spec in specs} if specs is not None else store.labels()
-    counts: dict[str, int] = {}
-    for run_id, label in labels.items():
-        state = store.run(run_id).state()
-        counts[state.status] = counts.get(state.status, 0) + 1
-        line = f"{_shown(state):<22} {run_id}  {label}  {state.reason}"
-        console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
-    total = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    console.print(
-        f"{len(labels)} runs: {total}" if labels else "no runs yet; start with `retrace run PAPER`", highlight=False
-    )
-
-
-def _shown(state: State) -> str:
+def shown(state: State) -> str:
+    """'RUNNING 12/60 ETA 30 s', or the status alone."""
     if state.finished or not state.total:
         return state.status
     left = f" ETA {duration(state.seconds_left)}" if state.status == "RUNNING" else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -22,12 +23,19 @@ PACKAGES = (
     "torch",
     "transformers",
 )
+SNAPSHOT = "snapshot.json"  # at the root of one, see core/snapshot.py
 
 
 @functools.cache
 def code() -> dict[str, Any]:
-    """Commit of the checkout and, where it has uncommitted changes, the hash of their diff."""
+    """Commit of the checkout and, where it has uncommitted changes, the hash of their diff.
+
+    Of a snapshot, what was written down when it was taken; there the diff is whole.
+    """
     root = Path(__file__).resolve().parents[3]
+    if (root / SNAPSHOT).is_file():
+        taken: dict[str, Any] = json.loads((root / SNAPSHOT).read_text())
+        return taken
     sha = _git(root, "rev-parse", "HEAD")
     diff = _git(root, "diff", "HEAD", "--", "src", "configs") if sha else None
     new = _git(root, "ls-files", "--others", "--exclude-standard", "--", "src", "configs") if sha else None

@@ -1,6 +1,7 @@
 """The run directory and the records: the only code that writes in runs/ and in results/*/records/ and pages/.
 
     runs/<id>/config.json      the frozen run, all that a worker reads
+              slurm.json       the jobs that were to run it, the last one last
               lease.json       who is running it now, with a heartbeat
               progress.json    step, total, seconds left
               metrics.jsonl    one line for each logged step
@@ -112,7 +113,11 @@ class RunDir:
         assert spec.id == self.id
         tree = {name: getattr(spec, name) for name in ("id", "paper", "program", "recipe", "scale", "seed")}
         tree |= {"config": science(spec.config), "parents": dict(spec.parents), "labels": list(spec.labels)}
-        tree |= {"hardware": spec.hardware.model_dump(), "tracking": spec.tracking.model_dump(), "command": command}
+        tree |= {
+            "hardware": spec.hardware.model_dump(mode="json"),
+            "tracking": spec.tracking.model_dump(),
+            "command": command,
+        }
         try:
             frozen = read_json(self.path / "config.json")
         except ValueError:

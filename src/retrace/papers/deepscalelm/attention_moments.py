@@ -194,7 +194,8 @@ def backward_moments(
     total = found.square / kept + value + tilt + tau * score_var * noise + key
     alike = 1 + (seq_len - 1) * r_g
     cov = alike / seq_len if closed else (alike - found.square - value - key) / (seq_len - 1)
-    return GradMoments(np.multiply(gain, g.var) * total, ratio(cov + r_g * tilt, total))
+    least = -1 / (seq_len - 1)  # of any correlation among so many positions; large S puts the estimate below
+    return GradMoments(np.multiply(gain, g.var) * total, np.maximum(ratio(cov + r_g * tilt, total), least))
 
 
 def _noise(found: WeightStatistics, corr: Value, kept: float) -> Array:

@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.interpolate import CubicSpline
 
 from retrace.papers.deepscalelm.activations import HIDDEN, Function, expect_product
 from retrace.papers.deepscalelm.correlations import Array, Value, relu_kernel
@@ -39,5 +38,7 @@ def measured_gain(function: Function, *, gated: bool) -> Gain:
 
 
 def _tabulated(product: Callable[[Value], Array]) -> Gain:
+    from scipy.interpolate import CubicSpline  # slow to import, and ReLU needs none
+
     square = float(product(1.0))
     return Gain(square, CubicSpline(KNOTS, product(KNOTS) / square))

@@ -153,7 +153,10 @@ class _Walk:
         spread, weights = (1 - corr) * score_var, self.weights
         if spread > SOFTMAX_LIMIT * (1 + 1e-9):
             weights = weights or "exact"
-            self.note(f"scores of variance above {SOFTMAX_LIMIT:g}: gradients through softmax are good to about 20 %")
+            self.note(
+                f"scores of variance above {SOFTMAX_LIMIT:g}: gradients through softmax are good to about 10 % up to a "
+                "variance of 4, and too large by up to a factor of 2 at 16, of 4 at 64"
+            )
         if spread > MAX_SPREAD:
             self.note(f"scores of variance above {MAX_SPREAD:g} counted as {MAX_SPREAD:g}: softmax picks one key")
         if self.shape.positions == "rope":

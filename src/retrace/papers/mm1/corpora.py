@@ -27,7 +27,6 @@ from retrace.core.config import Frozen, data_root
 from retrace.core.tasks import require_hub
 
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "json"}
-PHOTOS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 HEAD = 1 << 16  # bytes of a file that its fingerprint reads
 Row = Mapping[str, Any]
 
@@ -64,42 +63,48 @@ class ImageFolder(_Corpus):
     """Photos with captions: PHOTO.txt beside each, or one captions.jsonl with lines {"image": ..., "text": ...}."""
 
     kind: Literal["folder"]
-    path: str = Field(min_length=1)
+    path: str = Field(min_length=1)  # its folders are read too
 
     def shards(self) -> list[Shard]:
         """One for each photo that has a caption, so that every epoch has an order of its own."""
-        folder = self.files()[0].parent
-        if (folder / "captions.jsonl").is_file():
-            rows = [
-                {**row, self.image_field: str(folder / str(row[self.image_field]))} if self.image_field in row else row
-                for row in _json_lines(folder / "captions.jsonl", 0)
-            ]
-        else:
-            rows = [
-                {self.image_field: str(photo), self.text_field: photo.with_suffix(".txt").read_text("utf-8").strip()}
-                for photo in self.files()
-                if photo.with_suffix(".txt").is_file()
-            ]
-        return [Shard(f"{self.path}: photo {i}", partial(_given, [row])) for i, row in enumerate(rows)]
+        return [Shard(f"{self.path}: photo {i}", partial(_given, [row])) for i, row in enumerate(self._rows())]
 
     def files(self) -> list[Path]:
-        """captions.jsonl where there is one, then the photos. Raises ValueError where nothing has a caption."""
+        """All that is not hidden. Raises ValueError where there is no folder."""
         folder = _root(self.path) / self.path
-        photos = sorted(file for file in folder.glob("*") if file.suffix.lower() in PHOTOS)
-        captions = [file for file in (folder / "captions.jsonl",) if file.is_file()]
-        if not captions and not any(photo.with_suffix(".txt").is_file() for photo in photos):
-            raise ValueError(
-                f"{folder}: {len(photos)} photos and no caption: put PHOTO.txt beside each photo, or a captions.jsonl "
-                'with lines {"image": "PHOTO.jpg", "text": "..."}'
-            )
-        return [*captions, *photos]
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder: put photos and their captions there")
+        return sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
 
     def notes(self) -> dict[str, int]:
-        """Photos that have no caption, and are left out."""
-        files = self.files()
-        if files[0].name == "captions.jsonl":
-            return {}
-        return {"uncaptioned": sum(not photo.with_suffix(".txt").is_file() for photo in files)}
+        """Files that have no caption, and are left out."""
+        captioned = {row.get(self.image_field) for row in self._rows()}
+        return {"uncaptioned": sum(str(file) not in captioned for file in self._photos())}
+
+    def _photos(self) -> list[Path]:
+        """Whatever is no caption: a file that is no image is then counted as one that can't be read."""
+        return [file for file in self.files() if file.suffix not in (".txt", ".jsonl")]
+
+    def _rows(self) -> list[Row]:
+        listed = _root(self.path) / self.path / "captions.jsonl"
+        if listed.is_file():
+            key = self.image_field
+            try:
+                given = list(_json_lines(listed, 0))
+            except EndsEarly as error:
+                raise ValueError(f"{listed}: {error}: write it anew") from error
+            return [{**row, key: str(listed.parent / str(row[key]))} if key in row else row for row in given]
+        photos = self._photos()
+        beside = [(photo, photo.with_suffix(".txt")) for photo in photos]
+        rows: list[Row] = [
+            {self.image_field: str(photo), self.text_field: _caption(text)} for photo, text in beside if text.is_file()
+        ]
+        if not rows:
+            raise ValueError(
+                f"{listed.parent}: {len(photos)} photos and no caption: put PHOTO.txt beside each photo, or a "
+                'captions.jsonl with lines {"image": "PHOTO.jpg", "text": "..."}'
+            )
+        return rows
 
 
 class LocalShards(_Corpus):
@@ -202,8 +207,15 @@ def fingerprint(config: ImageFolder | LocalShards | HubDataset) -> str:
     digest = hashlib.sha256()
     for file in config.files():
         with open(file, "rb") as opened:
-            digest.update(f"{file.name}/{file.stat().st_size}/".encode() + opened.read(HEAD))
+            digest.update(f"{file.parent.name}/{file.name}/{file.stat().st_size}/".encode() + opened.read(HEAD))
     return digest.hexdigest()[:12]
+
+
+def _caption(file: Path) -> str:
+    try:
+        return file.read_text("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: no text in UTF-8 ({error.reason}): save it as that") from error
 
 
 def _given(rows: Sequence[Row], start: int) -> Iterator[Row]:

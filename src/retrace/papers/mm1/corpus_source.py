@@ -1,29 +1,20 @@
-"""Rows of a corpus as drafts, and its image files as tensors: what is broken is left out, counted, and has a limit."""
+"""Rows of a corpus as drafts, epoch after epoch: what is broken is left out and counted."""
 
 from __future__ import annotations
 
-import io
 import logging
-import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from retrace.core.data import shuffled
 from retrace.papers.mm1.corpora import EndsEarly, HubDataset, ImageFolder, LocalShards, Row, require_fields
 from retrace.papers.mm1.packing import Draft, Picture
+from retrace.papers.mm1.photos import Photos
 from retrace.papers.mm1.rows import Piece
 
-LEAST_SEEN = 100  # images that `max_bad_share` is a share of at the least: one broken one of three is not a third
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, Image.DecompressionBombError)
 log = logging.getLogger(__name__)
 
 
@@ -43,8 +34,10 @@ class CorpusSource:
         self._short: dict[str, int] = {}  # shard that ends early -> its rows
         self._why = "they are empty"
         self._empty: set[tuple[int, int]] = set()  # (shard, row) without text
-        self._counts: Counter[str] = Counter()
-        self._pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+        self._photos = Photos(max_bad_share=config.max_bad_share)
+        for what, count in config.notes().items():
+            if count:
+                log.warning("%s: %d files are left out", what, count)
 
     def drafts(self, mark: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Draft]]:
         """Documents with their marks (epoch, place of the shard in it, row). Raises ValueError where there are none."""
@@ -127,67 +120,14 @@ class CorpusSource:
         self._empty.add((shard, row))
 
     def load(self, pictures: Sequence[Picture], *, image_size: int) -> list[Tensor | None]:
-        """Images (3, R, R), resized to a square; None for one that can't be read.
-
-        Raises ValueError where more than `max_bad_share` of all images so far, and of a hundred, can't be.
-        """
-        loaded: list[Tensor | None] = []
-        for picture, result in zip(pictures, self._pool.map(lambda p: _try(p, image_size), pictures), strict=True):
-            self._counts["images"] += 1
-            if isinstance(result, Exception):
-                self._refuse(picture, result)
-            loaded.append(None if isinstance(result, Exception) else result)
-        return loaded
-
-    def _refuse(self, picture: Picture, error: Exception) -> None:
-        self._counts["unreadable"] += 1
-        bad, seen = self._counts["unreadable"], self._counts["images"]
-        said = f"{_name(picture)}: {' '.join(str(error).split()) or type(error).__name__}"
-        if bad > self.config.max_bad_share * max(seen, LEAST_SEEN):
-            raise ValueError(
-                f"{bad} of {seen} images can't be read, more than max_bad_share={self.config.max_bad_share:g}; "
-                f"the last is {said}: mend the data, or allow for more"
-            ) from error
-        if bad == 1:
-            log.warning("%s: can't be read, so its document is left out; others are only counted", said)
+        """Images (3, R, R); None for one that can't be read. Raises ValueError where too many can't be."""
+        return self._photos.load(pictures, image_size=image_size)
 
     def notes(self) -> dict[str, int]:
         """Counts of what was wrong with the data so far, in this process."""
         return {
-            "images": self._counts["images"],
-            "unreadable": self._counts["unreadable"],
+            **self._photos.counts,
             "without_text": len(self._empty),
             "short_shards": len(self._short),
             **self.config.notes(),
         }
-
-
-def load_image(file: Any, *, image_size: int) -> Tensor:
-    """An image file (path, bytes, or a row's {"bytes", "path"}) as (3, R, R) in 0..1.
-
-    Upright as its EXIF data says, in RGB, resized to a square without regard to its sides (Section 2.1; the policy is
-    not published), antialiased. Raises one of `UNREADABLE`.
-    """
-    if isinstance(file, dict):
-        file = file["bytes"] if file.get("bytes") is not None else file["path"]
-    if isinstance(file, str) and file.startswith(("http:", "https:")):
-        raise ValueError("a link and no image: fetch the images first")
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
-        upright = ImageOps.exif_transpose(opened).convert("RGB")
-    resized = upright.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 255
-
-
-def _try(picture: Picture, image_size: int) -> Tensor | Exception:
-    file, folder = picture.what
-    try:
-        return load_image(
-            Path(folder) / file if isinstance(file, str) and "://" not in file else file, image_size=image_size
-        )
-    except UNREADABLE as error:
-        return error
-
-
-def _name(picture: Picture) -> str:
-    file, _ = picture.what
-    return str(file.get("path")) if isinstance(file, dict) else str(file)[:200]

@@ -17,7 +17,7 @@ from retrace.papers.mm1.corpora import EndsEarly, HubDataset, ImageFolder, Local
 from retrace.papers.mm1.packing import Picture
 from retrace.papers.mm1.rows import Piece
 
-Group = Literal["mmcore", "textcore", "sft"]
+Group = Literal["mmcore", "unseen", "textcore", "sft"]
 
 
 class Answerer(Protocol):

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import random
+from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -50,6 +52,7 @@ class Reader:
         self.name, self.source, self.window, self.seed, self.file = name, source, window, seed, marks
         self.too_long: set[Mark] = set()  # documents that did not fit into a row as a whole
         self._marks = self._read_marks()
+        self._starts = sorted(self._marks)
         self._rows: list[list[Draft]] = []  # of the block that was packed last
         self._first = 0  # its first row
         self._stream: Iterator[tuple[Mark, Draft]] | None = None
@@ -58,10 +61,11 @@ class Reader:
     def row(self, number: int) -> list[Draft]:
         """The documents of one row; quickest where numbers rise."""
         end = self._first + len(self._rows)
-        jump = max((start for start in self._marks if start <= number), default=0)
-        if self._stream is None or number < self._first or jump > end:
-            self._stream = self.source.drafts(self._marks.get(jump, ()))
-            self._next, self._first, self._rows = next(self._stream), jump, []
+        if self._stream is None or not self._first <= number < end + BLOCK_ROWS:
+            jump = self._starts[bisect_right(self._starts, number) - 1]
+            if self._stream is None or number < self._first or jump > end:
+                self._stream = self.source.drafts(self._marks[jump])
+                self._next, self._first, self._rows = next(self._stream), jump, []
         while number >= self._first + len(self._rows):
             self._pack()
         return self._rows[number - self._first]
@@ -100,16 +104,20 @@ class Reader:
         self.too_long.add(mark)
 
     def _read_marks(self) -> dict[int, Mark]:
-        if self.file is None or not self.file.is_file():
-            return {}
-        text = self.file.read_text(encoding="utf-8")
-        lines = text[: text.rfind("\n") + 1].splitlines()  # a killed run may have torn the last line
-        return {first: tuple(mark) for first, mark in map(json.loads, lines)}
+        """First row of a block -> its mark; lines that a killed run has torn are skipped."""
+        marks: dict[int, Mark] = {0: ()}
+        if self.file is not None and self.file.is_file():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                with suppress(json.JSONDecodeError):
+                    first, mark = json.loads(line)
+                    marks[first] = tuple(mark)
+        return marks
 
     def _keep_mark(self, first: int, mark: Mark) -> None:
         if first in self._marks:
             return
         self._marks[first] = mark
+        insort(self._starts, first)
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with open(self.file, "a", encoding="utf-8") as file:

@@ -116,10 +116,8 @@ def draw_scene(
     return Scene(color, shape, (a, b, c, d), rng.getrandbits(48))
 
 
-def draw_turns(
-    config: WorldConfig, rng: random.Random, *, attribute: Attribute, count: int, unseen: bool = False
-) -> list[tuple[Scene, str]]:
-    """Scenes with the same attribute of each, which only the earlier turns tell; the last may be `unseen`.
+def draw_turns(config: WorldConfig, rng: random.Random, *, attribute: Attribute, count: int) -> list[tuple[Scene, str]]:
+    """Scenes with the same attribute of each, which only the earlier turns tell.
 
     "corner" is the digit of one corner, in scenes with two digits alone: each turn rules out some of the other corners.
     "name" is an invented word that stands for a shape in this document; the last scene's shape has been named before.
@@ -130,7 +128,7 @@ def draw_turns(
     names = dict(zip(shapes, rng.sample(NAMES, len(shapes)), strict=True))
     scenes = [draw_scene(config, rng, shapes=shapes, digits=digits) for _ in range(count - 1)]
     named = sorted({scene.shape for scene in scenes}) if attribute == "name" and scenes else shapes
-    scenes.append(draw_scene(config, rng, unseen=unseen, shapes=named, digits=digits))
+    scenes.append(draw_scene(config, rng, shapes=named, digits=digits))
 
     def answer(scene: Scene) -> str:
         given = {"color": scene.color, "shape": scene.shape, "name": names[scene.shape]}

@@ -1,6 +1,7 @@
 """The procedural world's tasks: captions and in-context attributes (MMCore), texts (TextCore), questions after SFT.
 
-Queries show pairs of color and shape that no training document shows; demonstrations are as in training.
+Scenes are new in their digits, places and noise. "caption_unseen" shows pairs of color and shape that no training
+document shows; it is a group of its own, since a model that sees colors alone does worse than chance on its shapes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from retrace.papers.mm1.world import (
 
 SHOTS = (0, 4, 8)
 WORD = Form("{question}", stop=(NEWLINE,), max_new_tokens=4, after=f" {NEWLINE}")
+NEXT = Form("{question}", stop=(NEWLINE,), max_new_tokens=1)  # a chain goes on behind the word that is asked for
 WORDS = Form(CAPTION, stop=(NEWLINE,), max_new_tokens=8, after=f" {NEWLINE}")
 
 
@@ -36,7 +38,8 @@ def world_tasks(
 ) -> list[Task]:
     """`count` episodes of every task; they depend on the world and `seed` alone, so runs with one seed are paired.
 
-    Attributes are told by demonstrations, so they are asked with one or more.
+    Attributes are told by demonstrations, so they are asked with one or more; captions, which stand alone in training,
+    without any.
     """
 
     def load(pictures: Sequence[Picture]) -> list[Tensor | None]:
@@ -49,14 +52,18 @@ def world_tasks(
             key = f"evaluation/{config.world_seed}/{seed}/{name}"
             return [draw(random.Random(f"{key}/{index}"), num_shots) for index in range(count)]
 
-        score = score_caption if name == "caption" else score_words
+        score = score_caption if form is WORDS else score_words
         return Task(name, group, form, tuple(own), episodes, score, load)  # type: ignore[arg-type]
 
-    told = [number for number in shots if number > 0]
+    told, untold = [number for number in shots if number > 0], [number for number in shots if number == 0]
     return [
-        task("caption", "mmcore", WORDS, shots, partial(_caption, config)),
+        task("caption", "mmcore", WORDS, untold, partial(_caption, config, False)),
+        task("caption_unseen", "unseen", WORDS, untold, partial(_caption, config, True)),
         *(task(name, "mmcore", WORD, told, partial(_attribute, config, name)) for name in ATTRIBUTES),
-        *(task(name, "textcore", WORD, (0,), partial(_text, config, name)) for name in TEXT_FAMILIES),
+        *(
+            task(name, "textcore", NEXT if name == "chain" else WORD, (0,), partial(_text, config, name))
+            for name in TEXT_FAMILIES
+        ),
         *(task(f"ask_{key}", "sft", WORD, (0,), partial(_question, config, asked)) for key, asked in _questions()),
     ]
 
@@ -65,15 +72,15 @@ def _questions() -> list[tuple[str, str]]:
     return list(zip(("color", "shape", "first", "last"), QUESTIONS, strict=True))
 
 
-def _caption(config: WorldConfig, rng: random.Random, shots: int) -> Episode:
-    query, *shown = [draw_scene(config, rng, unseen=number == 0) for number in range(shots + 1)]
+def _caption(config: WorldConfig, unseen: bool, rng: random.Random, shots: int) -> Episode:
+    query, *shown = [draw_scene(config, rng, unseen=unseen and number == 0) for number in range(shots + 1)]
     return Episode(
         tuple(Item(Picture(scene), (scene.caption,)) for scene in shown), Item(Picture(query), (query.caption,))
     )
 
 
 def _attribute(config: WorldConfig, attribute: Attribute, rng: random.Random, shots: int) -> Episode:
-    turns = draw_turns(config, rng, attribute=attribute, count=shots + 1, unseen=True)
+    turns = draw_turns(config, rng, attribute=attribute, count=shots + 1)
     *shown, query = [Item(Picture(scene), (said,)) for scene, said in turns]
     return Episode(tuple(shown), query)
 
@@ -86,7 +93,7 @@ def _text(config: WorldConfig, family: str, rng: random.Random, shots: int) -> E
 
 def _question(config: WorldConfig, asked: str, rng: random.Random, shots: int) -> Episode:
     assert shots == 0, "tuned models are asked without demonstrations"
-    scene: Scene = draw_scene(config, rng, unseen=True)
+    scene: Scene = draw_scene(config, rng)
     return Episode((), Item(Picture(scene), (QUESTIONS[asked](scene),), asked))
 
 

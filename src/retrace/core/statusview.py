@@ -1,0 +1,124 @@
+"""What `status` prints: each run as the disk and Slurm's queue know it. Layer 0: answers at once on a login node."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from retrace.core import squeue
+from retrace.core.cost import makespan
+from retrace.core.plan import RunSpec, plan
+from retrace.core.planview import expected_seconds, shown
+from retrace.core.store import Store, read_json
+from retrace.core.units import duration
+
+
+@dataclass(frozen=True)
+class Status:
+    """`lines` has one for each run, by id; `live` tells whether anything runs or is in the queue."""
+
+    lines: dict[str, str]
+    finished: frozenset[str]
+    total: str
+    live: bool
+
+
+def print_status(specs: Sequence[RunSpec] | None, *, store: Store, console: Console) -> None:
+    """Each run's state, reasons in full, and counts; all runs on disk where `specs` is None."""
+    _print(look(specs, store=store), console)
+
+
+def watch(specs: Sequence[RunSpec] | None, *, store: Store, console: Console, every: float) -> None:
+    """The runs that are not finished, looked at every so many seconds until nothing goes on; then all, as they are.
+
+    Into a pipe a line comes when it has changed.
+    """
+    printed: dict[str, str] = {}
+    screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+    with screen or contextlib.nullcontext():
+        while (status := look(specs, store=store)).live:
+            open_lines = [line for run_id, line in status.lines.items() if run_id not in status.finished]
+            if screen is not None:
+                screen.update(Text("\n".join([*open_lines[: console.height - 3], status.total])), refresh=True)
+            else:
+                for run_id, line in status.lines.items():
+                    if printed.get(run_id) != line:
+                        console.print(line, highlight=False, markup=False, soft_wrap=True)
+                printed = status.lines
+            time.sleep(every)
+    _print(status, console)
+
+
+def look(specs: Sequence[RunSpec] | None, *, store: Store) -> Status:
+    """Everything that disk and queue say at this moment."""
+    labels = {spec.id: spec.labels[0] for spec in specs} if specs is not None else store.labels()
+    jobs = squeue.queue()
+    counts: dict[str, int] = {}
+    lines: dict[str, str] = {}
+    finished: set[str] = set()
+    left: dict[str, float | None] = {}
+    live = False
+    for run_id, label in labels.items():
+        run = store.run(run_id)
+        state = run.state()
+        counts[state.status] = counts.get(state.status, 0) + 1
+        place = ""
+        if state.finished:
+            finished.add(run_id)
+        else:
+            left[run_id] = state.seconds_left if state.status == "RUNNING" else None
+            place = squeue.where(run, jobs)
+            last = squeue.submitted(run) if jobs else None
+            live = live or state.status == "RUNNING" or (last is not None and last.id in (jobs or {}))
+        lines[run_id] = (
+            f"{shown(state):<22} {run_id}  {label}  {' '.join(filter(None, (place, state.reason)))}".rstrip()
+        )
+    total = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    text = f"{len(labels)} runs: {total}{_eta(specs, left, store=store)}"
+    return Status(lines, frozenset(finished), text if labels else _NO_RUNS, live)
+
+
+_NO_RUNS = "no runs yet; start with `retrace run PAPER`"
+
+
+def _eta(specs: Sequence[RunSpec] | None, left: Mapping[str, float | None], *, store: Store) -> str:
+    """What is left of all of them, where the speed of every one is known."""
+    todo = [spec for spec in specs or () if spec.id in left]
+    if not todo:
+        return ""
+    expected = expected_seconds(todo, store=store)
+    seconds = [expected[spec.id] if left[spec.id] is None else left[spec.id] for spec in todo]
+    wall = makespan(seconds, todo[0].hardware.slots)
+    return f"; ETA {duration(wall)} without the time in the queue" if wall is not None else ""
+
+
+def named_runs(words: Sequence[str], *, store: Store) -> dict[str, str]:
+    """Runs that a command line names, by id, with a label each: targets with overrides, ids or starts of ids, labels.
+
+    Raises ValueError for a word that names nothing.
+    """
+    overrides = [word for word in words if "=" in word]
+    known = {
+        path.parent.name: (read_json(path) or {}).get("labels", []) for path in sorted(store.runs.glob("*/config.json"))
+    }
+    found: dict[str, str] = {}
+    for word in words:
+        if word in overrides:
+            continue
+        named = {i: next(iter(labels), "") for i, labels in known.items() if i.startswith(word) or word in labels}
+        found |= named or {spec.id: spec.labels[0] for spec in plan([word], overrides)}
+    if not found:
+        raise ValueError("no run named: give ids of runs, labels as `retrace status` shows them, or targets")
+    return found
+
+
+def _print(status: Status, console: Console) -> None:
+    for line in status.lines.values():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(status.total, highlight=False, soft_wrap=True)
