@@ -217,7 +217,9 @@ def _encoder(config: PretrainConfig, ctx: Context) -> VisionEncoder:
     dtype = KEPT[config.pretrain.optim.precision]
     if isinstance(config.encoder, PretrainedEncoder):
         chosen = config.encoder
-        return load_encoder(chosen.place(), image_size=config.image_size, revision=chosen.revision, dtype=dtype)
+        loaded = load_encoder(chosen.place(), image_size=config.image_size, revision=chosen.revision, dtype=dtype)
+        _same_size("encoder", chosen.name, loaded.hidden_size, chosen.hidden_size)
+        return loaded
     found = from_pretrained(ctx.parents["encoder"].path / MODEL, dtype=dtype)
     assert isinstance(found, VisionEncoder)
     return found
@@ -229,7 +231,9 @@ def _decoder(config: PretrainConfig, ctx: Context) -> Decoder:
     if isinstance(config.decoder, PretrainedDecoder):
         rows = vocab_size(config.data, config.decoder)
         chosen = config.decoder
-        return load_decoder(chosen.place(), experts=experts, vocab_size=rows, revision=chosen.revision, dtype=dtype)
+        read = load_decoder(chosen.place(), experts=experts, vocab_size=rows, revision=chosen.revision, dtype=dtype)
+        _same_size("decoder.shape", chosen.name, read.hidden_size, chosen.shape.hidden_size)
+        return read
     found = from_pretrained(ctx.parents["decoder"].path / MODEL, dtype=dtype)
     assert isinstance(found, Decoder)
     if experts is None:
@@ -237,6 +241,12 @@ def _decoder(config: PretrainConfig, ctx: Context) -> Decoder:
     torch.manual_seed(derive_seed(config.seed, "experts"))
     add_experts(found.trunk, experts, copied=True)
     return Decoder(found.trunk, experts=experts)
+
+
+def _same_size(key: str, name: str, real: int, told: int) -> None:
+    """Raise ValueError for a config that tells another size than the weights have: its costs would be wrong."""
+    if real != told:
+        raise ValueError(f"{key}.hidden_size={told}: {name} has {real}: correct the sizes beside its name")
 
 
 def _group(name: str, model: nn.Module, optim: Optim) -> Group:
