@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from retrace.papers.deepscalelm import dslm
 from retrace.papers.deepscalelm.correlations import Array
 from retrace.papers.deepscalelm.draws import fill, generator_of
+from retrace.papers.deepscalelm.embedding_moments import POSITIONS, SEGMENTS, zipf_collision
 from retrace.papers.deepscalelm.gains import Gain, measured_gain
 from retrace.papers.deepscalelm.layouts import Trunk, is_norm, module, part
 from retrace.papers.deepscalelm.scaling import Scales, attach, detach, fold, hook, output_matrix, parallel, recognise
@@ -32,7 +33,6 @@ from retrace.papers.deepscalelm.trial import check, run
 __all__ = ["apply", "attach", "detach", "fold"]
 
 USUAL_LENGTH = 128  # of sequences, where nothing is said and a model could take more
-SEGMENTS = 2 / 3  # P(two positions are of the same segment), of BERT's two (Section 1.4)
 
 
 def apply(
@@ -132,7 +132,7 @@ def _corr0(model: Any) -> float:
             shares.append(SEGMENTS if table.num_embeddings > 1 else 1.0)
         else:
             tokens = table is model.get_input_embeddings()
-            shares.append(dslm.zipf_collision(table.num_embeddings) if tokens else 0.0)
+            shares.append(zipf_collision(table.num_embeddings) if tokens else POSITIONS)
     return sum(shares) / len(shares)
 
 

@@ -19,7 +19,6 @@ from retrace.papers.deepscalelm.correlations import (
     Array,
     dslm_correlations,
     effective_correlation,
-    harmonic,
 )
 from retrace.papers.deepscalelm.gains import Gain
 from retrace.papers.deepscalelm.scheme import AttentionInit, FeedForwardInit, Residual
@@ -71,12 +70,6 @@ def embedding_std(dropout: float, *, num_tables: int) -> float:
 def logit_scale(hidden_size: int, *, token_std: float) -> float:
     """What gives the products of normed states with an embedding matrix variance one (Section 3.1, pitfall 3)."""
     return 1 / (token_std * math.sqrt(hidden_size))
-
-
-def zipf_collision(vocab_size: int) -> float:
-    """P(two positions hold the same token) where tokens are Zipf-distributed: H_2 / H_1^2 (Section 1.4)."""
-    rank = np.arange(1, vocab_size + 1, dtype=np.float64)
-    return float((rank**-2).sum() / harmonic(vocab_size) ** 2)
 
 
 def plan(

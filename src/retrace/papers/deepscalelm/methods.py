@@ -15,8 +15,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from retrace.core.config import suggest
-from retrace.papers.deepscalelm import dslm as scheme
+from retrace.papers.deepscalelm import dslm as dslm_rule
 from retrace.papers.deepscalelm.assemble import Part, assemble, gained, joined_by, parts, with_attentions, xavier
+from retrace.papers.deepscalelm.embedding_moments import zipf_collision
 from retrace.papers.deepscalelm.gains import gain_of
 from retrace.papers.deepscalelm.scheme import AttentionInit, FeedForwardInit, LayerInit, ModelInit, Residual
 from retrace.papers.deepscalelm.shape import ModelShape
@@ -65,7 +66,7 @@ def vanilla_gpt2(shape: ModelShape, *, std: float = 0.02) -> ModelInit:
 def dslm(
     shape: ModelShape,
     *,
-    k: float | scheme.Reading = "layers2",
+    k: float | dslm_rule.Reading = "layers2",
     alpha: float = 1.0,
     beta_sq: float | None = None,
     corr0: float | None = None,
@@ -87,7 +88,7 @@ def dslm(
 
 
 def dslm_simplified(
-    shape: ModelShape, *, k: float | scheme.Reading = "layers2", alpha: float = 1.0, beta_sq: float | None = None
+    shape: ModelShape, *, k: float | dslm_rule.Reading = "layers2", alpha: float = 1.0, beta_sq: float | None = None
 ) -> ModelInit:
     """DSLM whose value and output matrices have the feed-forward's variance in every layer (Section 3.5, tag C)."""
     made = _dslm(shape, "dslm_simplified", k=k, alpha=alpha, beta_sq=beta_sq, corr0=None, finite=False)
@@ -216,21 +217,21 @@ def _dslm(
     shape: ModelShape,
     method: str,
     *,
-    k: float | scheme.Reading,
+    k: float | dslm_rule.Reading,
     alpha: float,
     beta_sq: float | None,
     corr0: float | None,
     finite: bool,
 ) -> ModelInit:
     gain, size = gain_of(shape.activation), shape.hidden_size
-    own_corr = scheme.zipf_collision(shape.vocab_size) / shape.num_tables
+    own_corr = zipf_collision(shape.vocab_size) / shape.num_tables
 
-    def plan(part: Part, memory_corr: float | None) -> scheme.Plan:
+    def plan(part: Part, memory_corr: float | None) -> dslm_rule.Plan:
         share = 2 / 3 if part == "beside" and beta_sq is None else 1.0
-        return scheme.plan(
+        return dslm_rule.plan(
             shape.num_layers,
             gain=gain,
-            beta_sq=scheme.beta_squared(shape.num_layers, k=k, alpha=alpha, beta_sq=beta_sq) * share,
+            beta_sq=dslm_rule.beta_squared(shape.num_layers, k=k, alpha=alpha, beta_sq=beta_sq) * share,
             corr0=own_corr if corr0 is None else corr0,
             dropout=shape.dropout,
             attention_dropout=shape.attention_dropout,
@@ -247,19 +248,19 @@ def _dslm(
 
     def layer(part: Part, number: int) -> LayerInit:
         made = plans[part]
-        joined = scheme.residual(made.beta_sq)
+        joined = dslm_rule.residual(made.beta_sq)
 
         def attention(passed: float) -> AttentionInit:
-            return scheme.attention(size, passed=passed, dropout=shape.dropout, joined=joined)
+            return dslm_rule.attention(size, passed=passed, dropout=shape.dropout, joined=joined)
 
         return LayerInit(
             attention(float(made.own[number - 1])),
-            scheme.feed_forward(size, shape.intermediate_size, gain=gain, dropout=shape.dropout, joined=joined),
+            dslm_rule.feed_forward(size, shape.intermediate_size, gain=gain, dropout=shape.dropout, joined=joined),
             None if made.memory is None else attention(made.memory),
         )
 
-    std = scheme.embedding_std(shape.dropout, num_tables=shape.num_tables)
-    scale = scheme.logit_scale(size, token_std=std)
+    std = dslm_rule.embedding_std(shape.dropout, num_tables=shape.num_tables)
+    scale = dslm_rule.logit_scale(size, token_std=std)
     return replace(assemble(shape, method, layer), token_std=std, position_std=std, logit_scale=scale)
 
 
