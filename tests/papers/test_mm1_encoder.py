@@ -19,7 +19,7 @@ from transformers import (
 from retrace.papers.mm1.contrastive import ContrastiveModel, TextTowerShape, contrastive_loss, same_captions
 from retrace.papers.mm1.encoder import PIXELS, build_encoder, load_encoder, resized
 from retrace.papers.mm1.reconstruction import ReconstructiveModel, normalised_patches, prefix_mask, sample_prefixes
-from retrace.papers.mm1.shape import VisionShape
+from retrace.papers.mm1.shape import ImagePooling, VisionShape
 
 torch.set_num_threads(1)
 SIZES = {
@@ -169,8 +169,10 @@ def test_the_contrastive_loss_is_clips_where_captions_differ_and_knows_those_tha
     assert float(contrastive_loss(perfect, alike)) == pytest.approx(0.6931 * 2 / 3, abs=1e-3)  # which twin, is unknown
 
 
-def test_contrastive_training_brings_images_and_their_captions_together() -> None:
-    tower = TextTowerShape(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, max_tokens=4, joint_size=16)
+@pytest.mark.parametrize("pooling", ["mean", "flatten"])
+def test_contrastive_training_brings_images_and_their_captions_together(pooling: ImagePooling) -> None:
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32, "max_tokens": 4}
+    tower = TextTowerShape(**sizes, joint_size=16, image_pooling=pooling)
     model = ContrastiveModel(build_encoder(SHAPE, seed=0), tower, vocab_size=12, seed=0)
     images = torch.rand(8, 3, 1, 1).expand(-1, -1, 16, 16)  # eight colours
     ids, mask = torch.tensor([[number + 2, 1, 0] for number in range(8)]), torch.tensor([[1, 1, 0]] * 8)

@@ -87,7 +87,7 @@ def test_the_gpu_scale_trains_encoder_decoder_and_model_on_local_shards(home: Pa
         "data.vocab_size=290", "data.num_bpe_documents=300", "image_size=28", "connector.num_tokens=4", HALF,
         "connector.hidden_size=16", "connector.depth=1", "eval.shots=[0,1]", "decoder.seq_len=32",
         "encoder.text_tower={hidden_size: 16, num_layers: 1, num_heads: 2, intermediate_size: 32, max_tokens: 8, "
-        "joint_size: 8}",
+        "joint_size: 8, image_pooling: mean}",
         "decoder.shape={hidden_size: 16, num_layers: 2, num_heads: 2, num_kv_heads: 2, intermediate_size: 32}",
     ]  # fmt: skip
     small += [f"encoder.{s}" for s in ("hidden_size=16", "num_layers=1", "num_heads=2", "intermediate_size=32")]

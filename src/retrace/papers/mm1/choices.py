@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from retrace.core.config import Frozen, data_root
 from retrace.core.optim import Optim
 from retrace.papers.mm1.corpora import CorpusConfig, HubDataset, ImageFolder, LocalShards
-from retrace.papers.mm1.shape import DecoderShape, VisionShape
+from retrace.papers.mm1.shape import DecoderShape, ImagePooling, VisionShape
 from retrace.papers.mm1.world import WorldConfig, vocabulary
 
 SourceName = Literal["caption", "synthetic", "interleaved", "text"]
@@ -25,6 +25,7 @@ class TextTower(Frozen):
     intermediate_size: int = Field(ge=1)
     max_tokens: int = Field(ge=4)  # of a caption; longer ones are trimmed
     joint_size: int = Field(ge=1)
+    image_pooling: ImagePooling
 
 
 class ScratchEncoder(Frozen):

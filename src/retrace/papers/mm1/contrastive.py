@@ -1,9 +1,10 @@
 """Contrastive pre-training of a vision encoder, CLIP's: images and captions meet in one space (Section 1.2).
 
-The text tower is a small bidirectional transformer (transformers' SigLIP text model). Both towers' outputs are averaged
-over patches or tokens and projected. Negatives are the other pairs of the micro-batch.
+The text tower is a small bidirectional transformer (transformers' SigLIP text model), averaged over tokens and
+projected. Patches are averaged too, or projected side by side: in a mean, what one patch shows counts 1 / P and its
+place is lost, so a small encoder does not learn to read what is small. Negatives are the other pairs of the micro-batch.
 
-Shapes: B pairs, R pixels a side, T tokens, E size of the common space.
+Shapes: B pairs, R pixels a side, P patches of size D, F = D or P * D, T tokens, E size of the common space.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from retrace.core.config import Frozen
 from retrace.core.data import derive_seed
 from retrace.papers.mm1.decoder import Output
 from retrace.papers.mm1.encoder import VisionEncoder
+from retrace.papers.mm1.shape import ImagePooling
 
 FIRST_TEMPERATURE, LEAST_TEMPERATURE = 0.07, 0.01
 
@@ -33,6 +35,7 @@ class TextTowerShape(Frozen):
     intermediate_size: int = Field(ge=1)
     max_tokens: int = Field(ge=1)  # of a caption
     joint_size: int = Field(ge=1)  # of the space that both sides are projected to
+    image_pooling: ImagePooling
 
 
 class ContrastiveModel(nn.Module):
@@ -51,13 +54,17 @@ class ContrastiveModel(nn.Module):
         )
         self.encoder, self.text = encoder, SiglipTextModel(config)
         self.text.head.requires_grad_(False)  # of a pooling that is not used
-        self.project_image = nn.Linear(encoder.hidden_size, shape.joint_size, bias=False)
+        self.pooling = shape.image_pooling
+        patches = encoder.grid**2 if self.pooling == "flatten" else 1
+        self.project_image = nn.Linear(encoder.hidden_size * patches, shape.joint_size, bias=False)
         self.project_text = nn.Linear(shape.hidden_size, shape.joint_size, bias=False)
         self.log_scale = nn.Parameter(torch.tensor([-math.log(FIRST_TEMPERATURE)]))
 
     def forward(self, images_B3RR: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Output:
         """Mean loss in nats, and the share of images that find a caption of theirs, and of captions their image."""
-        images_BE = F.normalize(self.project_image(self.encoder(images_B3RR).mean(1)), dim=-1)
+        features_BPD = self.encoder(images_B3RR)
+        pooled_BF = features_BPD.flatten(1) if self.pooling == "flatten" else features_BPD.mean(1)
+        images_BE = F.normalize(self.project_image(pooled_BF), dim=-1)
         hidden_BTC = self.text(input_ids=input_ids_BT, attention_mask=attention_mask_BT).last_hidden_state
         mask_BT1 = attention_mask_BT[..., None].to(hidden_BTC.dtype)
         means_BC = (hidden_BTC * mask_BT1).sum(1) / mask_BT1.sum(1)

@@ -1,7 +1,7 @@
-"""Procedural documents in part: captions of one thing alone, words without images. For the parts' own pre-training.
+"""Procedural documents in part: captions of digits alone, words without images. For the parts' own pre-training.
 
 Where captions name everything, color and shape tell nearly all images of a batch apart, and contrastive pre-training
-has little reason to read digits: on a laptop's budget it does not begin to. Batches that name digits alone give one.
+has little reason to read all four digits. Batches that name digits alone give one.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ from retrace.papers.mm1.packing import Draft, Picture
 from retrace.papers.mm1.rows import Piece
 from retrace.papers.mm1.world import Scene
 
-BLOCK = 1280  # images in a row whose captions name the same thing: tens of batches, and ten of the stream's blocks
-DIGIT_BLOCKS = 3  # for each one of color and shape
+BLOCK = 64  # images in a row whose captions name the same things: a batch of the laptop scale
 
 
 @dataclass(frozen=True)
 class PartsSource(ProceduralSource):
-    """Captions that name the digits alone, or color and shape alone, block by block."""
+    """Captions that name everything, or the digits alone, block by block."""
 
     def drafts(self, mark: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Draft]]:
         """As those of the whole captions, with the same marks."""
         for (index,), made in super().drafts(mark):
             (picture,) = (part for part in made.parts if isinstance(part, Picture))
             scene: Scene = picture.what
-            digits = (index // BLOCK) % (DIGIT_BLOCKS + 1) > 0
-            named = " ".join(scene.digits) if digits else f"{scene.color} {scene.shape}"
+            named = " ".join(scene.digits) if (index // BLOCK) % 2 else scene.caption
             yield (index,), Draft([made.parts[0], picture, encode(named), made.parts[-1]], made.source)
 
 
