@@ -143,7 +143,7 @@ def test_nothing_is_unpickled_and_code_of_models_is_not_run() -> None:
 @pytest.mark.parametrize(
     "line",
     ["import pickle", "from joblib import load", "torch.load(x)", "np.load(f, allow_pickle=True)", "eval(text)",
-     "AutoModel.from_pretrained(x)", "load(x, trust_remote_code=asked)", "datasets.load_dataset(x, trust_remote_code=1)"],
+     "AutoModel.from_pretrained(x)", "load(x, trust_remote_code=asked)", "load_dataset(x, trust_remote_code=1)"],
 )  # fmt: skip
 def test_the_search_for_unsafe_calls_finds_each_of_them(line: str) -> None:
     assert unsafe(line)

@@ -45,7 +45,7 @@ class Ablation(Frozen):
     name: Name
     question: str
     locus: str
-    base: str = Field(pattern=r"^[a-z][a-z0-9_]*/[a-z][a-z0-9_]*$")  # "<paper>/<config>"
+    base: str = Field(pattern=r"^[a-z][a-z0-9_]*/[a-z][a-z0-9_]*$", max_length=100)  # "<paper>/<config>"
     seeds: tuple[int, ...] = Field(min_length=1)
     scales: tuple[Scale, ...] = Field(
         SCALES, min_length=1

@@ -29,9 +29,9 @@ def load_pretrained(kind: Any, name: str | Path, *, revision: str = "main", **op
 
 def require_weights(folder: Path) -> None:
     """Raise ValueError for a folder with weights in other formats only; before a run, and without reading them."""
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+    if folder.is_dir() and not any(folder.glob("model*.safetensors")):
         raise ValueError(
-            f"{folder}: no *.safetensors: other formats can hold code and are not read; save it as such first"
+            f"{folder}: no model*.safetensors: other formats can hold code and are not read; save it as such first"
         )
 
 
