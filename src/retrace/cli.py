@@ -19,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from retrace.core.config import CONFIGS, HOME, papers
 from retrace.core.paper import Command, load_paper, paper_commands
+from retrace.core.safety import RedactingFormatter, deny_others, redact, redact_tracebacks
 
 if TYPE_CHECKING:
     from retrace.core.plan import RunSpec
@@ -235,13 +236,17 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: bad input is one sentence and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    redact_tracebacks()
+    deny_others()
     try:
         app()
     except (ValueError, OSError) as error:
         if os.environ.get("RETRACE_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/] {escape(redact(str(error)))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

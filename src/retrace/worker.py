@@ -27,6 +27,7 @@ from retrace.core.identity import science
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
 from retrace.core.record import Record, RunCost
+from retrace.core.safety import RedactingFormatter, deny_others, redact, redact_tracebacks
 from retrace.core.store import Busy, RunDir, Store
 
 if TYPE_CHECKING:
@@ -142,13 +143,13 @@ def _record(
 
 def _failed(run: RunDir, error: Exception) -> Outcome:
     """Write the reason down; where even that can't be written, the answer to the launcher still carries it."""
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    reason = redact(f"{type(error).__name__}: {error}".splitlines()[0])
     if run.state().finished or int(os.environ.get("RANK", 0)) > 0:
         return Outcome("FAILED", reason)  # a result stands; and of several processes only the first writes
     try:
-        run.finish("FAILED", reason=reason, traceback=traceback.format_exc())
+        run.finish("FAILED", reason=reason, traceback=redact(traceback.format_exc()))
     except OSError as second:
-        print(f"{run.id}: {second} while writing down: {reason}", file=sys.stderr, flush=True)
+        print(f"{run.id}: {redact(str(second))} while writing down: {reason}", file=sys.stderr, flush=True)
     return Outcome("FAILED", reason)
 
 
@@ -170,7 +171,7 @@ def _device_name(device: str) -> str:
 @contextlib.contextmanager
 def _logging_to(path: Path) -> Any:
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
@@ -213,6 +214,8 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m retrace.worker runs/<id>   (or - to read folders from standard input)", file=sys.stderr)
         return 2
+    redact_tracebacks()
+    deny_others()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda *_: stop.set())

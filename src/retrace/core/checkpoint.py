@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -170,6 +170,8 @@ def _damage(path: Path) -> str | None:
                 return f"{name} has {file.stat().st_size} bytes, not {size}"
             if fingerprint(file) != digest:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError) as error:
+        with safe_open(path / TENSORS, "pt"):
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -17,6 +17,8 @@ from typing import Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from retrace.core.safety import assigned_secret
+
 Scale = Literal["smoke", "laptop", "gpu", "paper"]
 SCALES: tuple[Scale, ...] = ("smoke", "laptop", "gpu", "paper")
 
@@ -55,6 +57,15 @@ class SlurmJobs(Placement):
         for text in self.extra:
             if not re.fullmatch(r"--[a-z][a-z0-9-]*(=\S.*)?", text):
                 raise ValueError(f"extra={text!r}: expected an option of sbatch in full, such as --constraint=h100")
+        return self
+
+    @model_validator(mode="after")
+    def _secrets_are_not_written_down(self) -> Self:
+        for name in filter(None, map(assigned_secret, (*self.setup, *self.extra))):
+            raise ValueError(
+                f"setup and extra: {name} is set to a value, and configs are recorded: set it in the shell that "
+                f"submits, which hands it on, or read it from a file of yours: export {name}=$(cat FILE)"
+            )
         return self
 
     @model_validator(mode="after")
@@ -135,8 +146,11 @@ def validate(schema: type[C], values: Mapping[str, Any], *, source: str) -> C:
 
     Validation goes through JSON so that strictness is that of the file that a worker will read back.
     """
+    text = json.dumps(values)
+    if "\\u0000" in text:
+        raise ValueError(f"{source}: a text in it has a NUL character, which no file name and no command line can hold")
     try:
-        return schema.model_validate_json(json.dumps(values))
+        return schema.model_validate_json(text)
     except ValidationError as error:
         lines = [_explain(e, schema, values) for e in error.errors()]
         raise ValueError(f"{source}: " + "; ".join(lines)) from None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from retrace.core.config import Hardware
+from retrace.core.record import PAGE_NAME
 from retrace.core.store import RunDir, write_atomic
 from retrace.core.tracking import Tracker
 
@@ -43,7 +44,7 @@ class Context:
 
     def attach(self, name: str, html: str) -> None:
         """Add a page to the run's record: one HTML file that fetches nothing, a few tens of kB; reports link to it."""
-        assert re.fullmatch(r"[a-z][a-z0-9_]*", name), name
+        assert re.fullmatch(PAGE_NAME, name), name
         if self.is_main:
             write_atomic(self.run.page_path(name), html)
             self.pages = [*dict.fromkeys((*self.pages, name))]

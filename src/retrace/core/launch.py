@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from retrace.core.plan import RunSpec
+from retrace.core.safety import redact
 from retrace.core.store import FINISHED, Store
 
 BUSY_SECONDS = 2.0  # between two looks at a run that somebody else holds
@@ -108,7 +109,7 @@ class Worker:
         """Keep the last lines that a worker wrote on stderr: the reason, should it die."""
         assert process.stderr is not None
         for line in process.stderr:
-            self._errors = [*self._errors[-19:], line.rstrip()]
+            self._errors = [*self._errors[-19:], redact(line.rstrip())]
 
     def _died(self, process: subprocess.Popen[str]) -> tuple[str, str]:
         code = process.wait()
@@ -225,7 +226,7 @@ class Local:
                 self._on_change(spec.id, "RUNNING", "")
                 status, reason = worker.run(spec, run.path)
             except Exception as error:  # whatever it is, the sweep must hear of it and go on
-                status, reason = "FAILED", f"{type(error).__name__}: {error}"
+                status, reason = "FAILED", redact(f"{type(error).__name__}: {error}")
             if status == "BUSY":
                 time.sleep(BUSY_SECONDS)
             ended.put((spec, status, reason))

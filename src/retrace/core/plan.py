@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -30,23 +31,27 @@ from retrace.core.config import (
 )
 from retrace.core.identity import run_id
 from retrace.core.paper import Paper, Stage, load_paper
+from retrace.core.safety import refuse_secrets
 
 _PLACEMENT_KEYS = ("scale", "hardware", "tracking")  # say where a run happens, not which experiment it is
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=60)]  # a part of labels; W&B takes 64
 
 
 class Ablation(Frozen):
     """configs/<paper>/ablations/<name>.yaml: the smallest diffs from a named base, and the question they answer."""
 
-    name: str
+    name: Name
     question: str
     locus: str
-    base: str  # "<paper>/<config>"
+    base: str = Field(pattern=r"^[a-z][a-z0-9_]*/[a-z][a-z0-9_]*$", max_length=100)  # "<paper>/<config>"
     seeds: tuple[int, ...] = Field(min_length=1)
     scales: tuple[Scale, ...] = Field(
         SCALES, min_length=1
     )  # where the paper as a whole asks it; by name it always runs
     baseline: str
-    arms: dict[str, tuple[str, ...]] = Field(min_length=1)
+    arms: dict[Name, tuple[str, ...]] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _baseline_is_an_arm(self) -> Ablation:
@@ -117,6 +122,7 @@ def plan(targets: Sequence[str], overrides: Sequence[str] = (), *, check: bool =
                     continue
                 label = f"{ablation.name}/{arm}/s{seed}"
                 experiment = _compose(paper, ablation, lines)
+                refuse_secrets(experiment.model_dump_json(), where=f"{slug}/{ablation.name}")
                 if check:
                     _check(paper, experiment)
                 for spec in _runs(paper, experiment, label):

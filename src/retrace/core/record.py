@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError
 
 from retrace.core.config import Frozen
 
 SCHEMA = 1
+PAGE_NAME = r"^[a-z][a-z0-9_]*$"
+PageName = Annotated[str, Field(pattern=PAGE_NAME, max_length=60)]
 
 
 class RunCost(Frozen):
@@ -27,8 +29,8 @@ class Record(Frozen):
     """results/<paper>/records/<id>.json."""
 
     schema_version: Literal[1] = Field(1, alias="schema")
-    id: str
-    paper: str
+    id: str = Field(pattern=r"^[a-z0-9_-]+$", max_length=100)  # a record may come from elsewhere: its names are paths
+    paper: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)
     program: str
     recipe: int
     labels: tuple[str, ...]  # "<ablation>/<arm>/s<seed>"
@@ -41,7 +43,7 @@ class Record(Frozen):
     series: dict[str, tuple[tuple[int, float], ...]]  # curves of a few dozen points: (step, value)
     cost: RunCost
     provenance: dict[str, Any]
-    pages: tuple[str, ...] = ()  # names of pages that belong to it: results/<paper>/pages/<id>--<name>.html
+    pages: tuple[PageName, ...] = ()  # that belong to it: results/<paper>/pages/<id>--<name>.html
 
     @classmethod
     def load(cls, path: Path) -> Self:

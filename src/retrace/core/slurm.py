@@ -23,6 +23,7 @@ from retrace.core import snapshot, squeue
 from retrace.core.config import SlurmJobs
 from retrace.core.launch import BUSY_SECONDS, Summary, Worker, unfinished
 from retrace.core.plan import RunSpec
+from retrace.core.safety import own_folder, redact
 from retrace.core.store import LEASE_SECONDS, RunDir, Store
 
 MAX_ARRAY = 1000  # Slurm's own default; what is more goes into a second array, after the first
@@ -63,16 +64,18 @@ class Slurm:
             parents = {parent for spec in group for parent in spec.parents.values()}
             after = [*arrays, *sorted({summary.queued[p] for p in parents if p in summary.queued and p not in new})]
             arrays.append(self._submit(group, after=after, code=code, summary=summary))
+        submitted = [RunDir(path.parent) for path in self._store.runs.glob("*/slurm.json")]
+        snapshot.prune(self._store, needed={code, *squeue.needed_snapshots(submitted, jobs)})
         return summary
 
     def _submit(self, specs: Sequence[RunSpec], *, after: Sequence[str], code: Path, summary: Summary) -> str:
         """One array; returns its id."""
         asked = specs[0].hardware.slurm
         assert asked is not None
-        logs = (self._store.runs / ".slurm").absolute()
+        logs = own_folder((self._store.runs / ".slurm").absolute())
         executor = SlurmExecutor(folder=logs, max_num_timeout=asked.max_requeues)
         executor.update_parameters(**_options(specs[0], asked, after=after))
-        executor.update_parameters(setup=[*asked.setup, *self._environment(code)])
+        executor.update_parameters(setup=[_only_ours(logs), *asked.setup, *self._environment(code)])
         packs = [specs[i : i + asked.runs_per_job] for i in range(0, len(specs), asked.runs_per_job)]
         home = str(self._store.runs.parent.absolute())
         try:
@@ -100,6 +103,16 @@ class Slurm:
         lines = [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
         source = shlex.quote(str(code / "src"))
         return [*lines, f'export PYTHONPATH={source}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+
+
+def _only_ours(folder: Path) -> str:
+    """A shell line that ends a job before it reads a folder that somebody else could have written in.
+
+    submitit unpickles there what it was given at submission: ids of runs, and when to give up waiting.
+    """
+    name = shlex.quote(str(folder))
+    wrong = shlex.quote(f"{folder}: others can write in it, and a job trusts what it finds there: chmod 700, run again")
+    return f'[ -O {name} ] && [ "$(stat -c %a {name})" = 700 ] || {{ echo {wrong} >&2; exit 1; }}'
 
 
 def _by_depth(new: Mapping[str, RunSpec], waiting: Mapping[str, RunSpec]) -> Iterator[list[RunSpec]]:
@@ -185,7 +198,7 @@ class Job:
             try:
                 status, reason = self._run(store.run(run_id), store)
             except Exception as error:  # the runs after it must have their turn
-                status, reason = "FAILED", f"{type(error).__name__}: {error}"
+                status, reason = "FAILED", redact(f"{type(error).__name__}: {error}")
             self.statuses[run_id] = status
             if status in ("FAILED", "BUSY"):
                 self.failed.append(f"{run_id}: {reason}")

@@ -12,13 +12,17 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from retrace.core.config import CONFIGS
 from retrace.core.provenance import SNAPSHOT
+from retrace.core.safety import own_folder, refuse_secrets
 from retrace.core.store import Store, write_json
 
+KEEP_SECONDS = 24 * 3600.0
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -30,6 +34,7 @@ def take(store: Store, *, allow_dirty: bool) -> Path:
     folders = {"src/retrace": PACKAGE, "configs": CONFIGS}
     commit = (_git(PACKAGE, "rev-parse", "HEAD") or "").strip() or None
     diff = "".join(uncommitted(folder) for folder in folders.values())
+    refuse_secrets(diff, where="the uncommitted diff")
     if diff and not allow_dirty:
         raise ValueError(
             f"{_first_file(diff)} differs from the last commit: commit, or submit with --allow-dirty, which keeps the "
@@ -40,7 +45,9 @@ def take(store: Store, *, allow_dirty: bool) -> Path:
     for name, file in chosen:
         digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     target = store.runs / ".snapshots" / f"{(commit or 'no_commit')[:12]}-{digest.hexdigest()[:8]}"
-    if not target.is_dir():
+    if target.is_dir():
+        os.utime(target)  # so that `prune` sees that it is wanted
+    else:
         code: dict[str, Any] = {"git": commit, "dirty": bool(diff) if commit else None, "diff_sha256": None}
         if diff:
             code |= {"diff_sha256": hashlib.sha256(diff.encode()).hexdigest()[:16], "diff": diff}
@@ -50,7 +57,7 @@ def take(store: Store, *, allow_dirty: bool) -> Path:
 
 def _copy(files: list[tuple[str, Path]], target: Path, *, code: dict[str, Any]) -> None:
     """All of it or nothing; two that submit at once may both do it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    own_folder(target.parent)
     temporary = Path(tempfile.mkdtemp(prefix=".tmp", dir=target.parent))
     try:
         for name, file in files:
@@ -65,6 +72,19 @@ def _copy(files: list[tuple[str, Path]], target: Path, *, code: dict[str, Any]) 
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def prune(store: Store, *, needed: Collection[Path]) -> list[Path]:
+    """Remove the snapshots that no job in the queue needs; those that are returned.
+
+    One of the last day stays: somebody may have taken it whose jobs are not in the queue yet.
+    """
+    removed = []
+    for path in sorted((store.runs / ".snapshots").glob("*")):
+        if path.absolute() not in needed and time.time() - path.stat().st_mtime > KEEP_SECONDS:
+            shutil.rmtree(path)
+            removed.append(path)
+    return removed
 
 
 def _files(folder: Path) -> list[Path]:

@@ -94,6 +94,11 @@ def submitted(run: RunDir) -> Submitted | None:
     return Submitted(entries[-1]["job"], Path(entries[-1]["logs"])) if entries else None
 
 
+def needed_snapshots(runs: Iterable[RunDir], jobs: Mapping[str, QueuedJob]) -> set[Path]:
+    """The copies of the code that jobs in the queue import from, or will."""
+    return {Path(entry["snapshot"]) for run in runs for entry in _noted(run) if entry["job"] in jobs}
+
+
 def _noted(run: RunDir) -> list[dict[str, Any]]:
     found = read_json(run.path / "slurm.json")
     return found if isinstance(found, list) else []

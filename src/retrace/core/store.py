@@ -77,7 +77,7 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except ValueError as error:  # of JSON, or of text that is no UTF-8
         raise ValueError(f"{path}: not readable as JSON ({error}); delete it and run again") from None
 
 

@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -69,7 +70,7 @@ def list_tasks(tasks_dir: Path) -> list[str]:
 def read_task(name: str, *, tasks_dir: Path) -> TaskFile:
     """Read one task file; raises ValueError where there is none or where it is wrong."""
     path = tasks_dir / f"{name}.yaml"
-    if not path.is_file():
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name) or not path.is_file():  # answers go into a file of that name
         raise ValueError(f"{name}: no such task; the tasks are: {', '.join(list_tasks(tasks_dir)) or 'none'}")
     settings = read_yaml(path)
     if settings.get("task") != name:
@@ -122,7 +123,10 @@ def _installed(path: str) -> Path:
     spec = importlib.util.find_spec("lm_eval")
     assert spec is not None
     assert spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0]).parent / path
+    root = Path(spec.submodule_search_locations[0])
+    file = (root.parent / path).resolve()
+    outside = not file.is_relative_to(root.resolve())  # where its functions would be anybody's code
+    return root / "outside" if outside else file
 
 
 def validate_tasks(

@@ -21,6 +21,7 @@ from retrace.core.data import shuffled
 from retrace.core.store import RunDir
 from retrace.core.texts import packed
 from retrace.core.train import Batch
+from retrace.core.weights import load_pretrained
 from retrace.papers.deepscalelm.config import SPLITS, Corpus, PrepareConfig, RealText, Split
 from retrace.papers.deepscalelm.sentences import World
 
@@ -85,7 +86,7 @@ def prepare(config: PrepareConfig, folder: Path) -> None:
 
 def load_tokenizer(parents: Mapping[str, RunDir]) -> PreTrainedTokenizerFast:
     """That of the prepared text."""
-    found: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(parents["text"].path / FOLDER)
+    found: PreTrainedTokenizerFast = load_pretrained(PreTrainedTokenizerFast, parents["text"].path / FOLDER)
     return found
 
 

@@ -233,7 +233,9 @@ def _root(name: str) -> Path:
 def _open(file: Path) -> Any:
     """A file as a stream of `datasets`, image files as their bytes; of a tar it reads five rows to learn the fields."""
     import datasets
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
+    WebDataset.DECODERS.pop("pth", None)  # it would unpickle tensors, if only such; as bytes they harm nobody
     stream = datasets.load_dataset(BUILDERS[file.suffix], data_files=[str(file)], split="train", streaming=True)
     return _undecoded(stream)
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from retrace.core.data import derive_seed
+from retrace.core.weights import load_pretrained
 from retrace.papers.mm1.attention import NAME, Tokens
 from retrace.papers.mm1.experts import add_experts, routings
 from retrace.papers.mm1.rows import IGNORED, PackedBatch
@@ -155,10 +156,10 @@ def load_decoder(
     A `vocab_size` above its own makes room for new tokens, such as the image token. Raises ValueError for other models
     and for one below it.
     """
-    found = AutoConfig.from_pretrained(name, revision=revision).model_type
+    found = load_pretrained(AutoConfig, name, revision=revision).model_type
     if found not in FAMILIES:
         raise ValueError(f"{name}: a model of type {found}: expected one of {', '.join(FAMILIES)}")
-    trunk = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True)
+    trunk = load_pretrained(AutoModelForCausalLM, name, revision=revision, dtype=dtype, use_safetensors=True)
     if vocab_size is not None and vocab_size < trunk.config.vocab_size:
         raise ValueError(f"vocab_size={vocab_size}: {name} has {trunk.config.vocab_size} tokens already")
     if vocab_size is not None and vocab_size > trunk.config.vocab_size:

@@ -35,6 +35,7 @@ from transformers.utils.constants import (
 )
 
 from retrace.core.data import derive_seed
+from retrace.core.weights import load_pretrained
 from retrace.papers.mm1.shape import VisionShape
 
 log = logging.getLogger("retrace")
@@ -203,13 +204,13 @@ def load_encoder(
 
     Raises ValueError for other models, and for a size that the patches do not divide.
     """
-    found = AutoConfig.from_pretrained(name, revision=revision).model_type
+    found = load_pretrained(AutoConfig, name, revision=revision).model_type
     kind = WHOLE.get(found, found)
     if kind not in CLASSES:
         raise ValueError(f"{name}: a model of type {found}: expected one of {', '.join([*WHOLE, *CLASSES])}")
     model, _ = CLASSES[kind]
     options = {"vision_use_head": False} if kind == "siglip_vision_model" else {}
-    trunk = model.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True, **options)
+    trunk = load_pretrained(model, name, revision=revision, dtype=dtype, use_safetensors=True, **options)
     encoder = VisionEncoder(trunk, pixels=_pixels(name, revision=revision, kind=kind), layer=layer)
     return encoder if image_size is None else resized(encoder, image_size)
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from retrace.core.bpe import train_bpe
 from retrace.core.context import Context
 from retrace.core.data import derive_seed
+from retrace.core.weights import load_pretrained
 from retrace.papers.mm1.choices import Corpora, PretrainedDecoder, ScratchDecoder, SourceName
 from retrace.papers.mm1.config import SUB_IMAGES, Rows
 from retrace.papers.mm1.corpus_source import CorpusSource
@@ -55,10 +56,10 @@ def load_tokenizer(
     if isinstance(data, WorldConfig):
         return build_tokenizer()
     if "tokenizer" in ctx.parents:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(ctx.parents["tokenizer"].path / TOKENIZER)
+        found: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, ctx.parents["tokenizer"].path / TOKENIZER)
         return found
     assert isinstance(decoder, PretrainedDecoder), "a tokenizer comes from somewhere"
-    own: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(decoder.place(), revision=decoder.revision)
+    own: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, decoder.place(), revision=decoder.revision)
     own.add_special_tokens({"additional_special_tokens": [AddedToken(IMAGE, special=True)]})
     if own.pad_token_id is None:
         own.pad_token = own.eos_token

@@ -7,11 +7,13 @@ Encoders and decoders are shared by all experiments that make them alike; pretra
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from retrace.core.config import data_root
 from retrace.core.paper import Stage
 from retrace.core.tasks import require_hub, task_fingerprint, validate_tasks
+from retrace.core.weights import require_weights
 from retrace.papers.mm1 import corpora
 from retrace.papers.mm1.choices import (
     Corpora,
@@ -124,8 +126,10 @@ def check(config: MM1Config) -> None:
                 corpora.check(corpus)
     validate_tasks(c.eval.text_tasks, tasks_dir=TASKS, data_dir=data_root(), generated={}, probe_hub=True)
     for part in (c.encoder, c.decoder):
-        if isinstance(part, PretrainedEncoder | PretrainedDecoder) and part.place() == part.name:
-            require_hub(part.name, "download it where it can be reached, and name the folder instead")
+        if isinstance(part, PretrainedEncoder | PretrainedDecoder):
+            require_weights(Path(part.place()))
+            if not Path(part.place()).is_dir():
+                require_hub(part.name, "download it where it can be reached, and name the folder instead")
 
 
 def _used_sources(c: MM1Config) -> list[str]:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from retrace.core.config import Frozen, data_root
 from retrace.core.cost import DecoderShape
 from retrace.core.tasks import require_hub
+from retrace.core.weights import require_weights
 
 
 class ModelShape(Frozen):
@@ -66,10 +67,13 @@ class PretrainedModel(ModelShape):
         return next((path for path in candidates if (path / "config.json").is_file()), None)
 
     def check(self) -> None:
-        """Raise ValueError where the weights are neither here, nor in the hub's cache, nor to be fetched."""
+        """Raise ValueError where no safetensors are here, in the hub's cache, or to be fetched."""
         from huggingface_hub import try_to_load_from_cache
 
-        if self.folder() is None and not try_to_load_from_cache(self.name, "config.json", revision=self.revision):
+        folder = self.folder()
+        if folder is not None:
+            require_weights(folder)
+        elif not try_to_load_from_cache(self.name, "config.json", revision=self.revision):
             hint = (
                 "on a machine that reaches it, download it with `hf download`, copy the folder here, and say "
                 "model.name=FOLDER"

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from retrace.core.checkpoint import model_tensors
 from retrace.core.config import data_root, validate
-from retrace.core.store import write_json
+from retrace.core.store import read_json, write_json
+from retrace.core.weights import load_pretrained
 from retrace.papers.quietstar.config import ThoughtConfig
 from retrace.papers.quietstar.model import ThoughtModel
 from retrace.papers.quietstar.trunks import load_tokenizer
@@ -75,7 +76,7 @@ def from_pretrained(
     """
     folder = find_folder(name, revision=revision)
     config, hidden, prefix = _settings(folder)
-    trunk = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
+    trunk = load_pretrained(AutoModelForCausalLM, folder, dtype=dtype or "auto", use_safetensors=True)
     with torch.random.fork_rng(devices=[]):
         ids = {"start_init_id": 0, "end_init_id": 0}  # any: the embeddings are filled below
         model = ThoughtModel(trunk, config, **ids, hidden_token_ids=hidden, prefix_ids=prefix)
@@ -98,7 +99,7 @@ def _settings(folder: Path) -> tuple[ThoughtConfig, list[int], list[int]]:
     file = folder / SETTINGS
     if not file.is_file():
         raise ValueError(f"{folder}: {_why_not(folder)}")
-    found = json.loads(file.read_text())
+    found = read_json(file) or {}
     if found.get("format") != FORMAT:
         raise ValueError(
             f"{file}: format={found.get('format')}: expected {FORMAT}; it is from another version of Retrace"

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from retrace.core.context import Context
 from retrace.core.data import derive_seed
+from retrace.core.weights import load_pretrained
 from retrace.papers.quietstar.config import Corpus, Model, ThoughtConfig
 from retrace.papers.quietstar.model import ThoughtModel
 from retrace.papers.quietstar.models import ScratchModel
@@ -77,13 +78,13 @@ def load_trunk(
     name: str, *, revision: str = "main", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM of transformers and its tokenizer, from a folder or the hub; no code of theirs is run."""
-    trunk = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True)
+    trunk = load_pretrained(AutoModelForCausalLM, name, revision=revision, dtype=dtype, use_safetensors=True)
     return trunk, load_tokenizer(name, revision=revision)
 
 
 def load_tokenizer(name: str, *, revision: str = "main") -> PreTrainedTokenizerBase:
     """A tokenizer that can pad: one without a padding token pads with the end of sequence, as the paper does."""
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name, revision=revision)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
