@@ -97,7 +97,9 @@ def tiny_llama(folder: Path, **more: Any) -> Path:
 def test_pickled_weights_are_refused_unread(load: Any, trap: Trap, tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path / "model")
     trap.lay(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"model: no model\*\.safetensors: other formats can hold code and are not read"):
+    with pytest.raises(
+        ValueError, match=r"model: no model\*\.safetensors: other formats can hold code and are not read"
+    ):
         load(str(folder))
 
 

@@ -2,7 +2,7 @@
 
 The text tower is a small bidirectional transformer (transformers' SigLIP text model), averaged over tokens and
 projected. Patches are averaged too, or projected side by side: in a mean, what one patch shows counts 1 / P and its
-place is lost, so a small encoder does not learn to read what is small. Negatives are the other pairs of the micro-batch.
+place is lost, so a small encoder does not learn to read what is small. Negatives are the micro-batch's other pairs.
 
 Shapes: B pairs, R pixels a side, P patches of size D, F = D or P * D, T tokens, E size of the common space.
 """
