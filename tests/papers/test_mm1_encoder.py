@@ -169,7 +169,7 @@ def test_the_contrastive_loss_is_clips_where_captions_differ_and_knows_those_tha
     assert float(contrastive_loss(perfect, alike)) == pytest.approx(0.6931 * 2 / 3, abs=1e-3)  # which twin, is unknown
 
 
-@pytest.mark.parametrize("pooling", ["mean", "flatten"])
+@pytest.mark.parametrize("pooling", ["mean", "mean_and_patches"])
 def test_contrastive_training_brings_images_and_their_captions_together(pooling: ImagePooling) -> None:
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32, "max_tokens": 4}
     tower = TextTowerShape(**sizes, joint_size=16, image_pooling=pooling)

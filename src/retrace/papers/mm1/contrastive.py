@@ -1,10 +1,11 @@
 """Contrastive pre-training of a vision encoder, CLIP's: images and captions meet in one space (Section 1.2).
 
-The text tower is a small bidirectional transformer (transformers' SigLIP text model), averaged over tokens and
-projected. Patches are averaged too, or projected side by side: in a mean, what one patch shows counts 1 / P and its
-place is lost, so a small encoder does not learn to read what is small. Negatives are the micro-batch's other pairs.
+The text tower is a small bidirectional transformer (transformers' SigLIP text model). Both towers' outputs are averaged
+over patches or tokens and projected. With "mean_and_patches" a second loss, of the same weight, projects all patches
+side by side: it is quick to read what is small, which counts 1 / P in a mean, and the mean then teaches features to say
+where it is. Negatives are the micro-batch's other pairs.
 
-Shapes: B pairs, R pixels a side, P patches of size D, F = D or P * D, T tokens, E size of the common space.
+Shapes: B pairs, R pixels a side, P patches of size D, T tokens, E size of the common space.
 """
 
 from __future__ import annotations
@@ -54,27 +55,32 @@ class ContrastiveModel(nn.Module):
         )
         self.encoder, self.text = encoder, SiglipTextModel(config)
         self.text.head.requires_grad_(False)  # of a pooling that is not used
-        self.pooling = shape.image_pooling
-        patches = encoder.grid**2 if self.pooling == "flatten" else 1
-        self.project_image = nn.Linear(encoder.hidden_size * patches, shape.joint_size, bias=False)
+        self.project_image = nn.Linear(encoder.hidden_size, shape.joint_size, bias=False)
+        self.project_patches: nn.Linear | None = None
+        if shape.image_pooling == "mean_and_patches":
+            self.project_patches = nn.Linear(encoder.hidden_size * encoder.grid**2, shape.joint_size, bias=False)
         self.project_text = nn.Linear(shape.hidden_size, shape.joint_size, bias=False)
         self.log_scale = nn.Parameter(torch.tensor([-math.log(FIRST_TEMPERATURE)]))
 
     def forward(self, images_B3RR: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Output:
         """Mean loss in nats, and the share of images that find a caption of theirs, and of captions their image."""
         features_BPD = self.encoder(images_B3RR)
-        pooled_BF = features_BPD.flatten(1) if self.pooling == "flatten" else features_BPD.mean(1)
-        images_BE = F.normalize(self.project_image(pooled_BF), dim=-1)
         hidden_BTC = self.text(input_ids=input_ids_BT, attention_mask=attention_mask_BT).last_hidden_state
         mask_BT1 = attention_mask_BT[..., None].to(hidden_BTC.dtype)
         means_BC = (hidden_BTC * mask_BT1).sum(1) / mask_BT1.sum(1)
         texts_BE = F.normalize(self.project_text(means_BC), dim=-1)
         scale = self.log_scale.clamp(max=-math.log(LEAST_TEMPERATURE)).exp()
         alike_BB = same_captions(input_ids_BT, attention_mask_BT)
-        scores_BB = (scale * images_BE @ texts_BE.mT).float()
+        scores_BB = scale * F.normalize(self.project_image(features_BPD.mean(1)), dim=-1) @ texts_BE.mT
+        loss = contrastive_loss(scores_BB.float(), alike_BB)
         metrics = {"temperature": 1 / scale.detach()[0], **_retrieval(scores_BB.detach(), alike_BB)}
-        loss = contrastive_loss(scores_BB, alike_BB)
-        return Output(loss, {"loss/contrastive": loss.detach(), **metrics})
+        metrics["loss/contrastive"] = loss.detach()
+        if self.project_patches is not None:
+            sharp_BB = scale * F.normalize(self.project_patches(features_BPD.flatten(1)), dim=-1) @ texts_BE.mT
+            by_patches = contrastive_loss(sharp_BB.float(), alike_BB)
+            metrics["loss/contrastive_patches"] = by_patches.detach()
+            loss = (loss + by_patches) / 2
+        return Output(loss, metrics)
 
     def activation_checkpointing_enable(self) -> None:
         """In both towers."""

@@ -15,6 +15,7 @@ from retrace.papers.mm1.rows import Piece
 from retrace.papers.mm1.world import Scene
 
 BLOCK = 64  # images in a row whose captions name the same things: a batch of the laptop scale
+DIGIT_BLOCKS = 3  # for each one that names everything
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class PartsSource(ProceduralSource):
         for (index,), made in super().drafts(mark):
             (picture,) = (part for part in made.parts if isinstance(part, Picture))
             scene: Scene = picture.what
-            named = " ".join(scene.digits) if (index // BLOCK) % 2 else scene.caption
+            named = " ".join(scene.digits) if (index // BLOCK) % (DIGIT_BLOCKS + 1) else scene.caption
             yield (index,), Draft([made.parts[0], picture, encode(named), made.parts[-1]], made.source)
 
 

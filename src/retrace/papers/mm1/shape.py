@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from retrace.core.config import Frozen
 
 ConnectorKind = Literal["average_pool", "attention_pool", "c_abstractor"]
-ImagePooling = Literal["mean", "flatten"]  # of patches, before they meet captions in one space
+ImagePooling = Literal["mean", "mean_and_patches"]  # what of an image meets captions in one space
 
 
 class VisionShape(Frozen):
