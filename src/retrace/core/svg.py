@@ -56,8 +56,20 @@ def dot(x: float, y: float, kind: str, *, radius: float = 3.2, title: str = "") 
 
 
 def polyline(points: Iterable[tuple[float, float]], kind: str) -> str:
-    path = " ".join(f"{num(x)},{num(y)}" for x, y in points)
-    return f'<polyline points="{path}" class="{kind}"/>'
+    """An open line through points, to a tenth of a unit, in steps from each to the next: so it takes few bytes."""
+    steps, at = [], (0, 0)
+    for x, y in points:
+        now = (round(10 * x), round(10 * y))
+        steps.append(_tenths(now[0] - at[0]) + _tenths(now[1] - at[1], follows=True))
+        at = now
+    path = f"M{steps[0]}" + (f"l{' '.join(steps[1:])}" if len(steps) > 1 else "") if steps else ""
+    return f'<path d="{path}" class="{kind}"/>'
+
+
+def _tenths(value: int, *, follows: bool = False) -> str:
+    """A number of tenths, as short as SVG reads it; one that follows another needs a minus or a space before it."""
+    shown = f"{abs(value) / 10:g}".removeprefix("0") or "0"
+    return ("-" if value < 0 else " " if follows else "") + shown
 
 
 def shorten(content: str, length: int) -> str:
