@@ -15,7 +15,7 @@ from retrace.core.svg import NUM_COLOURS, Figure, figure, line, num, number, pol
 Curve = Sequence[tuple[int, float]]
 WIDTH, HEIGHT = 350.0, 246.0
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 12.0, 44.0, 40.0
-_TITLE = 50  # letters of a line of a title
+_TITLE = 45  # letters of a line of a title
 _NAME = 24  # letters of a name in a legend
 _MARKS = 5  # powers of ten on a logarithmic axis, at most
 
@@ -157,7 +157,7 @@ def joint_figure(
                     shade = 0.08 + 0.92 * math.log1p(count) / math.log1p(most)
                     place = f"M{num(LEFT + j * width)} {num(floor - (i + 1) * height)}"
                     tip = f"{_bin(x_edges, j)}; {_bin(y_edges, i)}: {count / total:.2%}"
-                    box = f'd="{place}h{num(width)}v{num(height)}h-{num(width)}z" fill-opacity="{num(shade)}"'
+                    box = f'd="{place}h{num(width)}v{num(height)}h-{num(width)}z" fill-opacity="{shade:.2f}"'
                     yield f"<path {box}><title>{tip}</title></path>"
         yield "</g>"
         for j, edge in enumerate(x_edges, start=1):

@@ -6,7 +6,6 @@ A run hands them to its record as the note `profiles`: {title: {"log": bool, "me
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from retrace.core.figures import (
     legend_height,
     value_range,
 )
-from retrace.core.svg import NUM_COLOURS, Figure, figure, line, num, number, polyline, shorten, text
+from retrace.core.svg import NUM_COLOURS, Figure, figure, line, number, points, polyline, shorten, text
 
 Points = Sequence[tuple[float, float]]
 EVERY = 3  # places of a profile of which one is a dot in the figure of measured against predicted
@@ -66,9 +65,10 @@ def every_profile(name: str, notes: Mapping[str, Sequence[Mapping[str, object]]]
 
 
 def profile_figures(name: str, title: str, arms: Sequence[ArmProfile], *, logarithmic: bool) -> Iterator[Figure]:
-    """One figure for every few arms, as many as there are colours; all on one scale."""
+    """One figure for every few arms, at most as many as there are colours; all on one scale."""
     values = [y for arm in arms for curve in (*arm.measured, arm.predicted) for _, y in curve]
-    parts = [arms[first : first + NUM_COLOURS] for first in range(0, len(arms), NUM_COLOURS)]
+    size = math.ceil(len(arms) / math.ceil(len(arms) / NUM_COLOURS))
+    parts = [arms[first : first + size] for first in range(0, len(arms), size)]
     for index, part in enumerate(parts, start=1):
         several = len(parts) > 1
         yield _figure(
@@ -139,8 +139,7 @@ def agreement_figure(name: str, title: str, arms: Sequence[ArmProfile], *, logar
             yield text(x(mark), HEIGHT - BOTTOM + 14, label, "tick", anchor="middle")
         yield line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, TOP, "base")
         for index, (arm, found) in enumerate(pairs.items()):
-            dots = "".join(f"M{num(x(p))} {num(y(m))}h0" for p, m in found)
-            yield f'<path d="{dots}" class="dots c{index % NUM_COLOURS}"><title>{html.escape(arm)}</title></path>'
+            yield points(((x(p), y(m)) for p, m in found), f"dots c{index % NUM_COLOURS}", title=arm)
         yield text(LEFT, HEIGHT - BOTTOM + 27, shorten(told, 52), "tick")
 
     return figure(f"{name}--agreement", f"{title}, measured against predicted: {told}.", width=WIDTH, height=HEIGHT,

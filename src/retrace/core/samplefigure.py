@@ -18,7 +18,7 @@ from retrace.core.svg import Figure, decimals, dot, figure, line, number, polyli
 LETTER = 6.6  # width of a letter of an arm's name, at most
 SPREAD = 5.0  # between the dots of two seeds
 ROW = 26.0  # height of an arm that has a row of its own
-DECADES = 30.0  # largest over smallest value from which on an axis is logarithmic
+DECADES = 30.0  # largest over smallest value from which on an axis is logarithmic, where the largest is as large
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _spoken(arm: ArmValues) -> str:
 def _scale(arms: Sequence[ArmValues], *, start: float, end: float, may_be_log: bool) -> Scale:
     """The axis of all samples and intervals; logarithmic where positive values span decades."""
     values = [value for arm in arms for value in arm.values.values()]
-    logarithmic = may_be_log and bool(values) and min(values) > 0 and max(values) / min(values) >= DECADES
+    logarithmic = may_be_log and bool(values) and min(values) > 0 and max(values) >= DECADES * max(1.0, min(values))
     found = (estimate(arm.values.values()) for arm in arms)
     ends = [end for e in found if e is not None for end in (e.low, e.high) if end is not None]
     shown = [*values, *ends]

@@ -57,14 +57,15 @@ def forest_figure(verdicts: Sequence[Verdict]) -> Figure:
                 yield text(2, top + row / 2 + 4 + 15.5 * (rank - (len(says) - 1) / 2), words, "strong")
             yield from _bar(verdict, 310, top + row / 2, 280)
             yield text(612, top + row / 2 - 4, verdict.outcome, "title")
-            yield text(612, top + row / 2 + 13, shorten(_numbers(verdict), 44), "tick")
+            yield text(612, top + row / 2 + 13, shorten(numbers(verdict), 44), "tick")
 
     spoken = "; ".join(f"{verdict.claim.says.rstrip('.')}: {verdict.outcome}" for verdict in verdicts)
     height = 26 + row * len(verdicts)
     return figure("verdicts", f"Verdicts. {spoken}.", width=width, height=height, parts=draw())
 
 
-def _numbers(verdict: Verdict) -> str:
+def numbers(verdict: Verdict) -> str:
+    """The difference with its interval and the number of seeds, as text."""
     found = verdict.estimate
     if found is None:
         return "no difference on record"
