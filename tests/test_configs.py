@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from retrace.core.claims import load_claims
+from retrace.core.claims import load_claims, load_words
 from retrace.core.config import CONFIGS, papers
 from retrace.core.plan import load_ablations, plan
 from retrace.core.planview import cost_of
@@ -60,3 +60,11 @@ def test_arms_of_an_ablation_are_different_experiments(slug: str) -> None:
 @pytest.mark.parametrize("slug", papers())
 def test_ablations_have_three_seeds_at_least(slug: str) -> None:
     assert all(len(ablation.seeds) >= 3 for ablation in load_ablations(slug).values())
+
+
+@pytest.mark.parametrize("slug", papers())
+def test_every_metric_of_a_claim_is_told_in_words(slug: str) -> None:
+    words = load_words(CONFIGS / slug / "metrics.yaml")
+    metrics = {metric for claim in load_claims(CONFIGS / slug / "claims.yaml") for _, metric in claim.cells}
+    assert metrics <= words.keys()
+    assert len(set(words.values())) == len(words), "two metrics of one name"

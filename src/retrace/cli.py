@@ -216,14 +216,19 @@ def cancel(
 
 @app.command()
 def report(
-    slug: Annotated[str, typer.Argument(help="A paper", metavar="PAPER")],
+    slugs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Papers; none: all that have records", metavar="[PAPER]...", show_default=False),
+    ] = None,
     scale: Annotated[str, typer.Option(help="Judge the records of this scale")] = "laptop",
 ) -> None:
-    """Judge every claim from the records, print the verdicts, and write REPORT.md and index.html."""
+    """Judge every claim from the records, print the verdicts, and write REPORT.md, index.html and the overview."""
     from retrace.core import results
     from retrace.core.store import Store
 
-    results.report(slug, scale=scale, store=Store(), console=console)
+    for slug in slugs or [slug for slug in papers() if Store().records(slug)]:
+        results.report(slug, scale=scale, store=Store(), console=console)
+    results.overview(store=Store(), console=console)
 
 
 @app.command()

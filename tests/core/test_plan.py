@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from retrace.core.plan import RunSpec, plan
 
 SMOKE = ["scale=smoke"]
@@ -58,3 +60,12 @@ def test_an_override_of_another_key_is_named_in_the_label() -> None:
 
 def test_seeds_of_the_command_line_replace_those_of_the_file() -> None:
     assert {spec.seed for spec in plan(["quietstar/thoughts"], [*SMOKE, "seed=7,8"])} == {7, 8}
+
+
+def test_one_arm_of_an_ablation_is_a_target_and_its_runs_are_those_of_the_ablation() -> None:
+    whole = {spec.id: spec for spec in plan(["quietstar/thoughts"], [*SMOKE, "seed=0"])}
+    one = plan(["quietstar/thoughts/thoughts"], [*SMOKE, "seed=0"])
+    assert [spec.id for spec in one] == [spec.id for spec in whole.values() if "thoughts/thoughts/s0" in spec.labels]
+    assert {label for spec in one for label in spec.labels} == {"thoughts/thoughts/s0"}
+    with pytest.raises(ValueError, match=r"quietstar/thoughts/thought: no such arm; did you mean 'thoughts'\?"):
+        plan(["quietstar/thoughts/thought"], SMOKE)

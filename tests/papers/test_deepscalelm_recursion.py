@@ -266,7 +266,7 @@ def test_the_figure_is_an_svg_with_a_line_for_each_profile_in_four_panels() -> N
     drawn = profile_figure(dict(zip(("xavier", "dslm"), views(100), strict=True)))
     tree = ET.fromstring(drawn.standalone())
     space = "{http://www.w3.org/2000/svg}"
-    assert len(tree.findall(f".//{space}polyline")) == 8
+    assert len(tree.findall(f".//{space}path")) == 8
     assert "log10 of variance of the gradient" in drawn.svg
     assert "nan" not in drawn.svg.lower()
 

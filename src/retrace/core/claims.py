@@ -119,6 +119,17 @@ def load_claims(path: Path, *, arms: Mapping[str, Collection[str]] | None = None
     return tuple(claims.values())
 
 
+def load_words(path: Path) -> dict[str, str]:
+    """What metrics and curves are, in words, from a metrics.yaml; raises ValueError where it is no such list."""
+    try:
+        words: Any = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(words, dict) or not all(isinstance(word, str) for pair in words.items() for word in pair):
+        raise ValueError(f"{path}: expected lines of a metric and what it is, as in 'test/loss: loss (nats a token)'")
+    return words
+
+
 def _check_names(claim: Claim, arms: Mapping[str, Collection[str]], source: str) -> None:
     if claim.ablation not in arms:
         raise ValueError(f"{source}: ablation={claim.ablation!r}: no such ablation; there are: {', '.join(arms)}")

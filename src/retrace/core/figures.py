@@ -1,4 +1,4 @@
-"""The report's figures: every sample of an ablation, curves over training, and the verdicts at a glance.
+"""Parts that the report's figures share, and two of them: curves over training, and joint distributions.
 
 Drawn by hand as SVG, so that they follow light and dark, weigh a few kB and never differ from one build to the next.
 """
@@ -9,39 +9,15 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
-from retrace.core.stats import estimate
-from retrace.core.svg import (
-    NUM_COLOURS,
-    Figure,
-    decimals,
-    dot,
-    figure,
-    line,
-    num,
-    number,
-    polyline,
-    shorten,
-    text,
-    tick_places,
-    ticks,
-)
-from retrace.core.verdicts import VALUE_SCALES, Verdict
+from retrace.core.svg import NUM_COLOURS, Figure, figure, line, num, number, polyline, shorten, text, tick_places, ticks
 
 Curve = Sequence[tuple[int, float]]
-WIDTH, HEIGHT = 350.0, 236.0
-LEFT, RIGHT, TOP, BOTTOM = 50.0, 12.0, 34.0, 40.0
-_SPREAD = 5.0  # between the dots of two seeds
-
-
-@dataclass(frozen=True)
-class ArmValues:
-    """One column of a sample figure: values by seed, and the seeds that diverged."""
-
-    arm: str
-    values: Mapping[int, float]
-    diverged: tuple[int, ...] = ()
+WIDTH, HEIGHT = 350.0, 246.0
+LEFT, RIGHT, TOP, BOTTOM = 50.0, 12.0, 44.0, 40.0
+_TITLE = 45  # letters of a line of a title
+_NAME = 24  # letters of a name in a legend
+_MARKS = 5  # powers of ten on a logarithmic axis, at most
 
 
 def axis(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
@@ -57,168 +33,99 @@ def value_range(values: Iterable[float]) -> tuple[float, float]:
     return low - air, high + air
 
 
-def frame(title: str, low: float, high: float) -> Iterator[str]:
+@dataclass(frozen=True)
+class Scale:
+    """An axis: called with a value, it gives the place. `low` and `high` are logarithms where it is logarithmic."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    logarithmic: bool = False
+
+    def __call__(self, value: float) -> float:
+        """The place of a value; what lies outside, as the end of an interval may, is drawn at the edge."""
+        if self.logarithmic:
+            value = math.log10(value) if value > 0 else self.low
+        value = min(max(value, self.low), self.high)
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def marks(self) -> list[tuple[float, str]]:
+        """Round values on the axis with their labels; between powers of ten, where the range holds less than two."""
+        if not self.logarithmic:
+            marks = ticks(self.low, self.high)
+            places = tick_places(marks)
+            return [(mark, number(mark, places)) for mark in marks]
+        first, last = math.ceil(self.low), math.floor(self.high)
+        if last - first < 1:
+            found = [factor * 10.0**power for power in (first - 1, first) for factor in (1, 1.2, 1.5, 2, 3, 5, 7)]
+            return [(mark, f"{mark:g}") for mark in found if self.low <= math.log10(mark) <= self.high]
+        step = max(1, math.ceil((last - first) / _MARKS))
+        return [(10.0**power, _power(power)) for power in range(first, last + 1, step)]
+
+
+def _power(power: int) -> str:
+    return f"{10.0**power:g}" if -3 <= power <= 3 else f"1e{power}".replace("-", "\u2212")
+
+
+def heading(title: str) -> Iterator[str]:
+    """A title of one line or two."""
+    for rank, words in enumerate(textwrap.wrap(title, _TITLE, max_lines=2, placeholder=" \u2026")):
+        yield text(2, 14 + 15 * rank, words, "title")
+
+
+def frame(title: str, y: Scale) -> Iterator[str]:
     """Title, horizontal grid and its numbers."""
-    y = axis(low, high, HEIGHT - BOTTOM, TOP)
-    marks = ticks(low, high)
-    places = tick_places(marks)
-    yield text(2, 15, shorten(title, 48), "title")
-    for mark in marks:
+    yield from heading(title)
+    for mark, label in y.marks():
         yield line(LEFT, y(mark), WIDTH - RIGHT, y(mark), "grid")
-        yield text(LEFT - 7, y(mark) + 3.8, number(mark, places), "tick", anchor="end")
+        yield text(LEFT - 7, y(mark) + 3.8, label, "tick", anchor="end")
 
 
-def sample_figure(name: str, metric: str, arms: Sequence[ArmValues], *, baseline: str) -> Figure:
-    """A dot for every seed, thin lines between equal seeds, mean with 95 % interval; the baseline's mean dashed."""
-    found = {arm.arm: estimate(arm.values.values()) for arm in arms}
-    ends = [v for e in found.values() if e is not None for v in (e.low, e.high) if v is not None]
-    low, high = value_range([*ends, *(value for arm in arms for value in arm.values.values())])
-    y = axis(low, high, HEIGHT - BOTTOM, TOP)
-    column = (WIDTH - LEFT - RIGHT) / max(1, len(arms))
-    centre = {arm.arm: LEFT + column * (index + 0.5) for index, arm in enumerate(arms)}
-    seeds = sorted({seed for arm in arms for seed in (*arm.values, *arm.diverged)})
-    shift = {seed: (index - (len(seeds) - 1) / 2) * min(_SPREAD, column / (2 * len(seeds))) - column / 12
-             for index, seed in enumerate(seeds)}  # fmt: skip
-
-    def draw() -> Iterator[str]:
-        yield from frame(metric, low, high)
-        base = found.get(baseline)
-        if base is not None:
-            yield line(LEFT, y(base.mean), WIDTH - RIGHT, y(base.mean), "base")
-        for seed in seeds:
-            for one, two in pairwise(arm for arm in arms if seed in arm.values):
-                ends = [(centre[arm.arm] + shift[seed], y(arm.values[seed])) for arm in (one, two)]
-                yield polyline(ends, "pair")
-        for arm in arms:
-            yield from _column(arm, centre[arm.arm], column, y, shift, hollow=arm.arm == baseline)
-        for arm in arms:
-            label = shorten(arm.arm, max(4, int(column / 6)))
-            yield text(centre[arm.arm], HEIGHT - 22, label, "strong", anchor="middle")
-            if arm.arm == baseline:
-                yield text(centre[arm.arm], HEIGHT - 8, "baseline", "tick", anchor="middle")
-
-    alt = "; ".join(f"{arm.arm}: {_spoken(arm, metric)}" for arm in arms)
-    return figure(name, f"{metric} by arm, a dot for every seed. {alt}.", width=WIDTH, height=HEIGHT, parts=draw())
+def legend(names: Sequence[str], top: float) -> Iterator[str]:
+    """A name behind a stroke of its colour for each arm, in as many lines as it takes."""
+    for index, (name, (left, row)) in enumerate(zip(names, _places(names), strict=True)):
+        at = top + 15 * row
+        yield line(left, at, left + 18, at, f"curve c{index % NUM_COLOURS}")
+        yield text(left + 22, at + 4, shorten(name, _NAME), "strong")
 
 
-def _spoken(arm: ArmValues, metric: str) -> str:
-    found = estimate(arm.values.values())
-    lost = f", {len(arm.diverged)} diverged" if arm.diverged else ""
-    if found is None:
-        return f"no {metric}{lost}"
-    places = decimals(arm.values.values())
-    return f"mean {number(found.mean, places)} of {found.n} seed{'s' * (found.n != 1)}{lost}"
+def legend_height(names: Sequence[str]) -> float:
+    """What `legend` takes."""
+    return 15.0 * (1 + max((row for _, row in _places(names)), default=0))
 
 
-def _column(
-    arm: ArmValues, x: float, width: float, y: Callable[[float], float], shift: Mapping[int, float], *, hollow: bool
-) -> Iterator[str]:
-    kind = "sample hollow" if hollow else "sample"
-    for seed, value in arm.values.items():
-        yield dot(x + shift[seed], y(value), kind, title=f"{arm.arm}, seed {seed}: {value:.4g}")
-    found = estimate(arm.values.values())
-    if found is not None:
-        at = x + width / 5
-        yield line(at - 6, y(found.mean), at + 6, y(found.mean), "mean")
-        if found.low is not None and found.high is not None:
-            yield line(at, y(found.low), at, y(found.high), "range")
-    for seed in arm.diverged:
-        left, top = x + shift[seed], TOP - 4
-        yield line(left - 3.5, top - 3.5, left + 3.5, top + 3.5, "cross")
-        yield line(left - 3.5, top + 3.5, left + 3.5, top - 3.5, "cross")
-    if arm.diverged:
-        yield text(x + max(shift.values()) + 8, TOP - 1, "diverged", "tick")
+def _places(names: Sequence[str]) -> Iterator[tuple[float, int]]:
+    """Where each entry of a legend begins: across, and in which line."""
+    left, row = 2.0, 0
+    for name in names:
+        wide = 34 + 6.4 * min(_NAME, len(name))
+        if left > 2 and left + wide > WIDTH:
+            left, row = 2.0, row + 1
+        yield left, row
+        left += wide
 
 
-def curve_figure(name: str, metric: str, arms: Mapping[str, Sequence[Curve]]) -> Figure:
-    """A line for every seed, coloured and dashed by arm, over optimizer steps."""
+def curve_figure(name: str, title: str, arms: Mapping[str, Sequence[Curve]]) -> Figure:
+    """A line for every seed, coloured and dashed by arm, over optimizer steps. `title`: what is drawn, in words."""
     points = [point for curves in arms.values() for curve in curves for point in curve]
-    low, high = value_range(value for _, value in points)
     first, last = min((step for step, _ in points), default=0), max((step for step, _ in points), default=1)
     x = axis(first, max(last, first + 1), LEFT, WIDTH - RIGHT)
-    y = axis(low, high, HEIGHT - BOTTOM, TOP)
+    y = Scale(*value_range(value for _, value in points), start=HEIGHT - BOTTOM, end=TOP)
 
     def draw() -> Iterator[str]:
-        yield from frame(metric, low, high)
+        yield from frame(title, y)
         for mark in ticks(first, last):
             yield text(x(mark), HEIGHT - BOTTOM + 14, number(mark, 0), "tick", anchor="middle")
-        yield text(WIDTH - RIGHT, HEIGHT - 6, "step", "tick", anchor="end")
-        left = LEFT
-        for index, (arm, curves) in enumerate(arms.items()):
-            kind = f"curve c{index % NUM_COLOURS}"
+        yield text(WIDTH - RIGHT, HEIGHT - BOTTOM + 27, "training step", "tick", anchor="end")
+        for index, curves in enumerate(arms.values()):
             for curve in curves:
-                yield polyline(((x(step), y(value)) for step, value in curve), kind)
-            yield line(left, HEIGHT - 10, left + 18, HEIGHT - 10, kind)
-            yield text(left + 22, HEIGHT - 6, shorten(arm, 14), "strong")
-            left += 36 + 6.4 * min(14, len(arm))
+                yield polyline(((x(step), y(value)) for step, value in curve), f"curve c{index % NUM_COLOURS}")
+        yield from legend(tuple(arms), HEIGHT + 2)
 
-    alt = f"{metric} over {last} training steps for {', '.join(arms)}, a line for every seed."
-    return figure(name, alt, width=WIDTH, height=HEIGHT, parts=draw())
-
-
-def verdict_bar(verdict: Verdict, *, width: float = 230.0) -> Figure:
-    """The differences of one claim from zero on a scale of its own; right is always the side that is claimed."""
-    alt = f"{verdict.outcome}: {verdict.reason}"
-    parts = _bar(verdict, 0, 17, width)
-    return figure(f"verdict--{verdict.claim.id}", alt, width=width, height=34, parts=parts)
-
-
-def _bar(verdict: Verdict, left: float, middle: float, width: float) -> Iterator[str]:
-    centre, found, margin = left + width / 2, verdict.estimate, verdict.claim.expect.margin
-    printed = verdict.claim.value if verdict.scale in VALUE_SCALES else None
-    ends = (found.low, found.high) if found else ()
-    shown = [*verdict.differences.values(), *(v for v in (*ends, printed, margin) if v is not None)]
-    reach = max(map(abs, shown), default=0.0) or 1.0
-    half = verdict.claim.sign * (width / 2 - 7)
-    x = axis(-reach, reach, centre - half, centre + half)
-    first, last = (centre, left + width) if margin is None else (x(-margin), x(margin))
-    yield f'<rect x="{num(first)}" y="{num(middle - 15)}" width="{num(last - first)}" height="30" class="wash"/>'
-    yield line(centre, middle - 15, centre, middle + 15, "zero")
-    if found is None:
-        return
-    for seed, value in verdict.differences.items():
-        yield dot(x(value), middle + 8, "sample", radius=2.6, title=f"seed {seed}: {value:+.4g}")
-    if found.low is not None and found.high is not None:
-        yield line(x(found.low), middle - 3, x(found.high), middle - 3, "range")
-        for end in (found.low, found.high):
-            yield line(x(end), middle - 7, x(end), middle + 1, "range")
-    at = x(found.mean)
-    yield f'<path d="M{num(at)} {num(middle - 8)}l5 5l-5 5l-5 -5z" class="diamond"/>'
-    if printed is not None:
-        yield dot(x(printed), middle - 3, "printed", radius=5, title=f"the paper: {printed:+.4g}")
-
-
-def forest_figure(verdicts: Sequence[Verdict]) -> Figure:
-    """All verdicts in one picture, for pages that can't hold drawings in a table."""
-    row, width = 56.0, 860.0
-
-    def draw() -> Iterator[str]:
-        yield text(438, 14, "against the claim", "tick", anchor="end")
-        yield text(462, 14, "as claimed", "tick")
-        for index, verdict in enumerate(verdicts):
-            top = 24 + index * row
-            yield line(0, top, width, top, "grid")
-            says = textwrap.wrap(verdict.claim.says, 46, max_lines=3, placeholder=" \u2026")
-            for rank, words in enumerate(says):
-                yield text(2, top + row / 2 + 4 + 15.5 * (rank - (len(says) - 1) / 2), words, "strong")
-            yield from _bar(verdict, 310, top + row / 2, 280)
-            yield text(612, top + row / 2 - 4, verdict.outcome, "title")
-            yield text(612, top + row / 2 + 13, shorten(_numbers(verdict), 44), "tick")
-
-    spoken = "; ".join(f"{verdict.claim.says.rstrip('.')}: {verdict.outcome}" for verdict in verdicts)
-    height = 26 + row * len(verdicts)
-    return figure("verdicts", f"Verdicts. {spoken}.", width=width, height=height, parts=draw())
-
-
-def _numbers(verdict: Verdict) -> str:
-    found = verdict.estimate
-    if found is None:
-        return "no difference on record"
-    places = decimals([found.mean, found.low or 0.0, found.high or 0.0])
-    mean = number(found.mean, places, sign=True)
-    if found.low is None or found.high is None:
-        return f"{mean}, n = {found.n}"
-    return f"{mean} [{number(found.low, places, sign=True)}, {number(found.high, places, sign=True)}], n = {found.n}"
+    alt = f"{title} over {last} training steps for {', '.join(arms)}, a line for every seed."
+    height = HEIGHT - 4 + legend_height(tuple(arms))
+    return figure(name, alt, width=WIDTH, height=height, parts=draw())
 
 
 def joint_figure(
@@ -242,16 +149,17 @@ def joint_figure(
     floor = HEIGHT - BOTTOM
 
     def draw() -> Iterator[str]:
-        yield text(2, 15, shorten(title, 48), "title")
+        yield from heading(title)
+        yield '<g class="cell">'
         for i, row in enumerate(counts):
             for j, count in enumerate(row):
                 if count:
                     shade = 0.08 + 0.92 * math.log1p(count) / math.log1p(most)
-                    tip = f"{x_label} {_bin(x_edges, j)}, {y_label} {_bin(y_edges, i)}: {count / total:.2%}"
-                    yield (
-                        f'<rect x="{num(LEFT + j * width)}" y="{num(floor - (i + 1) * height)}" width="{num(width)}" '
-                        f'height="{num(height)}" class="cell" fill-opacity="{num(shade)}"><title>{tip}</title></rect>'
-                    )
+                    place = f"M{num(LEFT + j * width)} {num(floor - (i + 1) * height)}"
+                    tip = f"{_bin(x_edges, j)}; {_bin(y_edges, i)}: {count / total:.2%}"
+                    box = f'd="{place}h{num(width)}v{num(height)}h-{num(width)}z" fill-opacity="{shade:.2f}"'
+                    yield f"<path {box}><title>{tip}</title></path>"
+        yield "</g>"
         for j, edge in enumerate(x_edges, start=1):
             x = LEFT + j * width
             yield line(x, floor, x, floor + 3, "grid")
@@ -263,7 +171,7 @@ def joint_figure(
             zero = LEFT + width * (sum(edge < 0 for edge in x_edges) + 0.5)
             yield line(zero, TOP - 4, zero, floor, "base")
         yield text(WIDTH - RIGHT, HEIGHT - 6, x_label, "tick", anchor="end")
-        yield text(2, TOP - 4, y_label, "tick")
+        yield text(2, TOP - 7, y_label, "tick")
 
     positive = sum(sum(row[j] for j in range(len(row)) if j > 0 and x_edges[j - 1] >= 0) for row in counts)
     share = f"{positive / total:.0%} of {total} right of the middle" if total else "none"

@@ -1,6 +1,7 @@
 """From an ablation file to the runs that it needs: arm x seed, at one scale, with what they build on, each run once.
 
-Targets: `<paper>/<ablation>`, `<paper>/main` (the base config alone), `<paper>` (every ablation asked at the scale).
+Targets: `<paper>/<ablation>`, `<paper>/<ablation>/<arm>` (one arm of it), `<paper>/main` (the base config alone),
+`<paper>` (every ablation asked at the scale).
 Overrides are Hydra's, with its sweep syntax, and come after an arm's own. An override of a key that an arm sets takes
 the arm's place, so sweeping the key that the arms differ in gives arms of its own, and none under false names.
 """
@@ -11,6 +12,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
@@ -91,9 +93,10 @@ def load_ablation(path: Path) -> Ablation:
 
 def resolve(target: str) -> list[Ablation]:
     """The ablations that a target of the command line names; `<paper>/main` is an ablation of one arm."""
-    slug, _, name = target.partition("/")
+    slug, _, rest = target.partition("/")
+    name, _, arm = rest.partition("/")
     load_paper(slug)
-    if name == "main":
+    if name == "main" and not arm:
         seed = compose(slug, [])["seed"]
         arms: dict[str, tuple[str, ...]] = {"main": ()}
         return [Ablation(name="main", question="", locus="", base=target, seeds=(seed,), baseline="main", arms=arms)]
@@ -102,7 +105,14 @@ def resolve(target: str) -> list[Ablation]:
         return list(ablations.values())
     if name not in ablations:
         raise ValueError(f"{target}: no such ablation{suggest(name, ['main', *ablations])}")
-    return [ablations[name]]
+    return [ablations[name] if not arm else _one_arm(ablations[name], arm, target)]
+
+
+def _one_arm(ablation: Ablation, arm: str, target: str) -> Ablation:
+    """An ablation of one of its arms alone; the runs keep their labels and identities."""
+    if arm not in ablation.arms:
+        raise ValueError(f"{target}: no such arm{suggest(arm, list(ablation.arms))}")
+    return ablation.model_copy(update={"arms": {arm: ablation.arms[arm]}, "baseline": arm})
 
 
 def plan(targets: Sequence[str], overrides: Sequence[str] = (), *, check: bool = False) -> list[RunSpec]:
@@ -168,8 +178,14 @@ def _check(paper: Paper, experiment: Experiment) -> None:
 
 def _scale(ablation: Ablation, overrides: Iterable[str]) -> str:
     """The scale that an arm would run at, whether or not the arm makes sense there."""
-    slug, _, name = ablation.base.partition("/")
-    return str(compose(slug, [text for text in overrides if override_key(text) == "scale"], name=name)["scale"])
+    return _scale_of(ablation.base, tuple(text for text in overrides if override_key(text) == "scale"))
+
+
+@lru_cache(maxsize=64)
+def _scale_of(base: str, overrides: tuple[str, ...]) -> str:
+    """It is asked for every arm and seed, and composing takes ten milliseconds."""
+    slug, _, name = base.partition("/")
+    return str(compose(slug, list(overrides), name=name)["scale"])
 
 
 def _compose(paper: Paper, ablation: Ablation, overrides: Iterable[str]) -> Experiment:

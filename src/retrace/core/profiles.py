@@ -9,12 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
-from retrace.core.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, axis, frame, value_range
-from retrace.core.svg import NUM_COLOURS, Figure, figure, line, number, polyline, shorten, text
+from retrace.core.figures import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Scale,
+    axis,
+    frame,
+    legend,
+    legend_height,
+    value_range,
+)
+from retrace.core.svg import NUM_COLOURS, Figure, figure, line, number, points, polyline, shorten, text
 
 Points = Sequence[tuple[float, float]]
-DECADES = 5  # numbers on a logarithmic axis, at most
+EVERY = 3  # places of a profile of which one is a dot in the figure of measured against predicted
 
 
 @dataclass(frozen=True)
@@ -39,16 +53,22 @@ def arm_profiles(notes: Mapping[str, Sequence[Mapping[str, object]]]) -> dict[st
 
 
 def every_profile(name: str, notes: Mapping[str, Sequence[Mapping[str, object]]]) -> Iterator[Figure]:
-    """All figures of an ablation; their names begin with `name`."""
-    for title, (logarithmic, arms) in arm_profiles(notes).items():
-        word = "".join(c if c.isalnum() else "-" for c in title)
-        yield from profile_figures(f"{name}--{word}", title, arms, logarithmic=logarithmic)
+    """All figures of an ablation; their names begin with `name`. After the profiles, measured against predicted."""
+    found = arm_profiles(notes)
+    words = {title: "".join(c if c.isalnum() else "-" for c in title) for title in found}
+    for title, (logarithmic, arms) in found.items():
+        yield from profile_figures(f"{name}--{words[title]}", title, arms, logarithmic=logarithmic)
+    for title, (logarithmic, arms) in found.items():
+        drawn = agreement_figure(f"{name}--{words[title]}", title, arms, logarithmic=logarithmic)
+        if drawn is not None:
+            yield drawn
 
 
 def profile_figures(name: str, title: str, arms: Sequence[ArmProfile], *, logarithmic: bool) -> Iterator[Figure]:
-    """One figure for every few arms, as many as there are colours; all on one scale."""
+    """One figure for every few arms, at most as many as there are colours; all on one scale."""
     values = [y for arm in arms for curve in (*arm.measured, arm.predicted) for _, y in curve]
-    parts = [arms[first : first + NUM_COLOURS] for first in range(0, len(arms), NUM_COLOURS)]
+    size = math.ceil(len(arms) / math.ceil(len(arms) / NUM_COLOURS))
+    parts = [arms[first : first + size] for first in range(0, len(arms), size)]
     for index, part in enumerate(parts, start=1):
         several = len(parts) > 1
         yield _figure(
@@ -61,54 +81,78 @@ def profile_figures(name: str, title: str, arms: Sequence[ArmProfile], *, logari
 
 
 def _figure(name: str, title: str, arms: Sequence[ArmProfile], *, values: Iterable[float], logarithmic: bool) -> Figure:
-    usable = [value for value in values if math.isfinite(value) and (value > 0 or not logarithmic)]
-    low, high = value_range(map(math.log10, usable) if logarithmic else usable)
-    x, y = axis(0.0, 1.0, LEFT, WIDTH - RIGHT), axis(low, high, HEIGHT - BOTTOM, TOP)
+    x = axis(0.0, 1.0, LEFT, WIDTH - RIGHT)
+    y = _scale(values, start=HEIGHT - BOTTOM, end=TOP, logarithmic=logarithmic)
 
     def path(points: Points, kind: str) -> str:
-        good = [(a, b) for a, b in points if math.isfinite(b) and (b > 0 or not logarithmic)]
-        return polyline(((x(a), y(math.log10(b) if logarithmic else b)) for a, b in good), kind)
+        return polyline(((x(a), y(b)) for a, b in points if _usable(b, logarithmic=logarithmic)), kind)
 
     def draw() -> Iterator[str]:
-        yield from _decades(title, low, high) if logarithmic else frame(title, low, high)
+        yield from frame(title, y)
         for mark in (0.0, 0.5, 1.0):
             anchor = "end" if mark == 1 else "middle"
             yield text(x(mark), HEIGHT - BOTTOM + 14, number(mark, 1), "tick", anchor=anchor)
-        yield text(WIDTH - RIGHT, HEIGHT - BOTTOM + 25, "depth", "tick", anchor="end")
+        yield text(WIDTH - RIGHT, HEIGHT - BOTTOM + 27, "depth, as a share of the model's", "tick", anchor="end")
         for index, arm in enumerate(arms):
             yield path(arm.predicted, f"theory c{index}")
-        left, row = 2.0, 0
         for index, arm in enumerate(arms):
             for curve in arm.measured:
                 yield path(curve, f"curve c{index}")
-            wide = 30 + 6.0 * min(16, len(arm.arm))
-            if left + wide > WIDTH - 30 and row == 0:
-                left, row = 2.0, 1
-            at = HEIGHT + 2 + 15 * row
-            yield line(left, at, left + 16, at, f"curve c{index}")
-            yield text(left + 20, at + 4, shorten(arm.arm, 16), "strong")
-            left += wide
+        yield from legend([arm.arm for arm in arms], HEIGHT + 2)
 
     spoken = "; ".join(_spoken(arm) for arm in arms)
     alt = f"{title} over the depth of the model; wide bands are predicted, lines measured. {spoken}."
-    return figure(name, alt, width=WIDTH, height=HEIGHT + 26, parts=draw())
+    height = HEIGHT - 4 + legend_height([arm.arm for arm in arms])
+    return figure(name, alt, width=WIDTH, height=height, parts=draw())
 
 
-def _decades(title: str, low: float, high: float) -> Iterator[str]:
-    """Title, and a grid at powers of ten; at 1, 2 and 5 times them where the range holds less than two."""
-    y = axis(low, high, HEIGHT - BOTTOM, TOP)
-    yield text(2, 15, shorten(title, 48), "title")
-    first, last = math.ceil(low), math.floor(high)
-    if last - first < 1:
-        spread = [(math.log10(factor) + power, f"{factor * 10.0**power:g}") for power in (first - 1, first, last)
-                  for factor in (1, 1.2, 1.5, 2, 3, 5, 7)]  # fmt: skip
-        marks = {mark: label for mark, label in spread if low <= mark <= high}
-    else:
-        step = max(1, math.ceil((last - first) / DECADES))
-        marks = {float(power): f"1e{power}".replace("-", "\u2212") for power in range(first, last + 1, step)}
-    for mark, label in marks.items():
-        yield line(LEFT, y(mark), WIDTH - RIGHT, y(mark), "grid")
-        yield text(LEFT - 7, y(mark) + 3.8, label, "tick", anchor="end")
+def _usable(value: float, *, logarithmic: bool) -> bool:
+    return math.isfinite(value) and (value > 0 or not logarithmic)
+
+
+def _scale(values: Iterable[float], *, start: float, end: float, logarithmic: bool) -> Scale:
+    usable = [value for value in values if _usable(value, logarithmic=logarithmic)]
+    low, high = value_range(map(math.log10, usable) if logarithmic else usable)
+    return Scale(low, high, start, end, logarithmic)
+
+
+def agreement_figure(name: str, title: str, arms: Sequence[ArmProfile], *, logarithmic: bool) -> Figure | None:
+    """Measured against predicted: a dot for every arm, seed and `EVERY`-th place of the depth; on the line they agree.
+
+    None where no arm has a prediction.
+    """
+    pairs = {arm.arm: [p for p in _pairs(arm) if all(_usable(v, logarithmic=logarithmic) for v in p)] for arm in arms}
+    pairs = {arm: found for arm, found in pairs.items() if found}
+    if not pairs:
+        return None
+    values = [value for found in pairs.values() for pair in found for value in pair]
+    x = _scale(values, start=LEFT, end=WIDTH - RIGHT, logarithmic=logarithmic)
+    y = _scale(values, start=HEIGHT - BOTTOM, end=TOP, logarithmic=logarithmic)
+    errors = {arm: median(abs(m / p - 1) for p, m in found if p) for arm, found in pairs.items()}
+    worst = max(errors, key=lambda arm: errors[arm])
+    everything = median(abs(m / p - 1) for found in pairs.values() for p, m in found if p)
+    told = f"median error {everything:.1%}; largest of an arm {errors[worst]:.1%}, {worst}".replace("%", " %")
+
+    def draw() -> Iterator[str]:
+        yield from frame(f"{title}: measured against predicted", y)
+        for mark, label in x.marks():
+            yield text(x(mark), HEIGHT - BOTTOM + 14, label, "tick", anchor="middle")
+        yield line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, TOP, "base")
+        for index, (arm, found) in enumerate(pairs.items()):
+            yield points(((x(p), y(m)) for p, m in found), f"dots c{index % NUM_COLOURS}", title=arm)
+        yield text(LEFT, HEIGHT - BOTTOM + 27, shorten(told, 52), "tick")
+
+    return figure(f"{name}--agreement", f"{title}, measured against predicted: {told}.", width=WIDTH, height=HEIGHT,
+                  parts=draw())  # fmt: skip
+
+
+def _pairs(arm: ArmProfile) -> Iterator[tuple[float, float]]:
+    """(predicted, measured) of an arm's seeds, at places that both have (their shares of the depth are rounded)."""
+    predicted = {round(place, 2): value for place, value in arm.predicted}
+    for curve in arm.measured:
+        for place, value in curve[::EVERY]:
+            if round(place, 2) in predicted:
+                yield predicted[round(place, 2)], value
 
 
 def _spoken(arm: ArmProfile) -> str:

@@ -1,4 +1,4 @@
-"""Records and claims to REPORT.md and one self-contained index.html, beside the records that every number links to.
+"""Records and claims to REPORT.md and one self-contained index.html, beside the records that every number leads to.
 
     build_report(paper, claims=..., ablations=..., records=..., scale="laptop", now=..., out=Path("results/<slug>"))
 
@@ -8,11 +8,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -20,31 +18,19 @@ from rich.table import Table
 from rich.text import Text
 
 from retrace.core.claims import Claim
-from retrace.core.figures import forest_figure
+from retrace.core.outlook import Outlook
+from retrace.core.pages import OUTCOME_SYMBOLS, environment
 from retrace.core.paper import Paper
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
-from retrace.core.reportview import gaps, main_pages, page_links, summary, view_ablation, view_verdict
+from retrace.core.reportruns import costs, gaps, ledger, main_pages, origin
+from retrace.core.reportview import JUDGED, summary, view_ablation, view_verdict
 from retrace.core.samples import Planned, Samples
-from retrace.core.svg import STYLE
-from retrace.core.units import duration, si
+from retrace.core.scales import compare_scales
+from retrace.core.verdictfigures import forest_figure
 from retrace.core.verdicts import OUTCOMES, Verdict, judge
 
-TEMPLATES = Path(__file__).parent / "templates"
-SYMBOLS = dict(zip(OUTCOMES, ("\u2713", "\u2197", "\u2717", "?", "\u2013", "\u2013"), strict=True))
 _COLOURS = dict(zip(OUTCOMES, ("green", "blue", "red", "yellow", "dim", "dim"), strict=True))
-
-
-@dataclass(frozen=True)
-class ProgramCost:
-    """What the runs of one program used; None where no run says."""
-
-    program: str
-    runs: int
-    seconds: float | None
-    tokens: float | None
-    flops: float | None
-    mfu: float | None
 
 
 def build_report(
@@ -57,17 +43,31 @@ def build_report(
     now: datetime,
     out: Path,
     planned: Sequence[Planned] = (),
+    words: Mapping[str, str] | None = None,
+    outlook: Sequence[Outlook] = (),
+    elsewhere: Mapping[str, Sequence[Verdict]] | None = None,
 ) -> tuple[Verdict, ...]:
     """Judge every claim at one scale and write REPORT.md, index.html and figures/ into `out`.
 
     `planned`: the runs that the ablation files ask for today; only their records count for their labels, and those
-    without a result are named in the report. Figures of an earlier report are removed. Of the pages that records name,
-    those that lie in `out`/pages are linked.
+    without a result are named in the report. `words`: what metrics are. `outlook`: what was not run. `elsewhere`: the
+    verdicts of all scales that have records, smaller ones first; those of this one are taken from here. Figures of an
+    earlier report are removed. Of the pages that records name, those that lie in `out`/pages are linked.
     """
     samples = Samples(records, scale=scale, planned=planned)
     verdicts = tuple(judge(claim, samples) for claim in claims)
     pages = frozenset(path.name for path in (out / "pages").glob("*.html"))
-    files = render(paper, verdicts=verdicts, ablations=ablations, samples=samples, now=now, pages=pages)
+    files = render(
+        paper,
+        verdicts=verdicts,
+        ablations=ablations,
+        samples=samples,
+        now=now,
+        pages=pages,
+        words=words or {},
+        outlook=outlook,
+        elsewhere=dict(elsewhere or {}) | {scale: verdicts},
+    )
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for old in (out / "figures").glob("*.svg"):
         if f"figures/{old.name}" not in files:
@@ -85,131 +85,53 @@ def render(
     samples: Samples,
     now: datetime,
     pages: frozenset[str],
+    words: Mapping[str, str],
+    outlook: Sequence[Outlook],
+    elsewhere: Mapping[str, Sequence[Verdict]],
 ) -> dict[str, str]:
     """Every file of a report: relative path -> content. `pages`: files beside it that records may name."""
-    wanted: dict[str, list[str]] = {}
-    for verdict in verdicts:
-        wanted.setdefault(verdict.claim.ablation, []).extend(metric for _, metric in verdict.claim.cells)
-    everywhere = [metric for metrics in wanted.values() for metric in metrics]
+    shown = [view_verdict(verdict) for verdict in verdicts]
+    rank = {name: at for at, name in enumerate(dict.fromkeys(verdict.claim.ablation for verdict in verdicts))}
+    ordered = sorted(ablations, key=lambda ablation: rank.get(ablation.name, len(rank)))  # as the paper's claims come
+    drawn: dict[frozenset[str], str] = {}
     views = [
-        view_ablation(ablation, samples, own=wanted.get(ablation.name, ()), others=everywhere) for ablation in ablations
+        view_ablation(
+            ablation,
+            samples,
+            verdicts=[view for view in shown if view.verdict.claim.ablation == ablation.name],
+            others=[metric for verdict in verdicts for _, metric in verdict.claim.cells],
+            words=words,
+            drawn=drawn,
+        )
+        for ablation in ordered
     ]
-    overview = forest_figure(verdicts)
+    looked_at, looks = main_pages(ordered, samples, pages)
     page: dict[str, Any] = {
         "paper": paper,
         "scale": samples.scale,
         "now": now.strftime("%Y-%m-%d %H:%M %Z").strip(),
         "summary": summary(verdicts, scale=samples.scale),
         "counts": {outcome: sum(v.outcome == outcome for v in verdicts) for outcome in OUTCOMES},
-        "verdicts": [view_verdict(verdict) for verdict in verdicts],
-        "overview": overview,
+        "judged": [view for view in shown if view.verdict.outcome in JUDGED],
+        "waiting": [view for view in shown if view.verdict.outcome not in JUDGED],
+        "overview": forest_figure([verdict for verdict in verdicts if verdict.outcome in JUDGED]),
         "ablations": views,
-        "main_pages": main_pages(ablations, samples, pages),
+        "looked_at": looked_at,
+        "looks": looks,
         "gaps": gaps(ablations, samples),
+        "outlook": outlook,
+        "comparison": compare_scales(elsewhere),
+        "runs": ledger(paper.slug, ordered, samples, pages),
         "samples": samples,
-        "costs": _costs(samples.used),
-        "origin": _origin(samples.used),
+        "costs": costs(samples.used),
+        "origin": origin(samples.used),
     }
-    environment = _environment()
-    environment.filters["pages"] = lambda record: page_links(record, pages)
-    figures = [
-        overview,
-        *(figure for view in views for figure in (*view.figures, *view.curves, *view.profiles, *view.joints)),
-    ]
-    files = {f"figures/{figure.name}.svg": figure.standalone() for figure in figures}
-    files["REPORT.md"] = re.sub(r"\n{3,}", "\n\n", environment.get_template("report.md.j2").render(page))
-    files["index.html"] = environment.get_template("index.html.j2").render(page)
+    templates = environment()
+    files = {f"figures/{figure.name}.svg": figure.standalone() for view in views for figure in view.drawn}
+    files[f"figures/{page['overview'].name}.svg"] = page["overview"].standalone()
+    files["REPORT.md"] = re.sub(r"\n{3,}", "\n\n", templates.get_template("report.md.j2").render(page))
+    files["index.html"] = templates.get_template("index.html.j2").render(page)
     return files
-
-
-def _environment() -> Any:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=lambda name: (name or "").endswith(".html.j2"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "md": _markdown,
-        "code": _code,
-        "si": _si,
-        "arrow": _arrow,
-        "duration": duration,
-        "anchor": _anchor,
-    }
-    style = (TEMPLATES / "page.css").read_text() + STYLE
-    environment.globals |= {"symbols": SYMBOLS, "style": style, "outcomes": OUTCOMES}
-    return environment
-
-
-def _markdown(content: object) -> str:
-    """Text that stays text in Markdown, in a table as well."""
-    escaped = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", str(content).replace("&", "&amp;").replace("<", "&lt;"))
-    return " ".join(escaped.split())
-
-
-def _arrow(content: str) -> str:
-    """ASCII arrows of the claims file as arrows."""
-    return content.replace("->", "\u2192")
-
-
-def _code(content: object) -> str:
-    """A code span; a bar would end a table's cell."""
-    return "`" + " ".join(str(content).replace("`", "'").replace("|", "\\|").split()) + "`"
-
-
-def _si(value: float | None) -> str:
-    return "\u2013" if value is None else si(value)
-
-
-def _anchor(outcome: str) -> str:
-    return outcome.replace(" ", "-")
-
-
-def _total(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
-
-
-def _costs(records: Sequence[Record]) -> list[ProgramCost]:
-    """What the runs used, by program, and for all of them in the last entry."""
-    programs = dict.fromkeys(record.program for record in records)
-    groups = [(program, [r for r in records if r.program == program]) for program in programs]
-    costs = []
-    for program, runs in [*groups, ("all runs", list(records))]:
-        used = [run.cost for run in runs]
-        rates = [cost.mfu for cost in used if cost.mfu is not None]
-        totals = (_total(c.seconds for c in used), _total(c.tokens for c in used), _total(c.flops for c in used))
-        costs.append(ProgramCost(program, len(runs), *totals, median(rates) if rates else None))
-    return costs
-
-
-def _origin(records: Sequence[Record]) -> dict[str, str]:
-    """Where the records come from: each distinct value that their provenance holds."""
-
-    def all_of(key: str) -> str:
-        return ", ".join(sorted({str(r.provenance[key]) for r in records if r.provenance.get(key) is not None}))
-
-    packages: dict[str, set[str]] = {}
-    for record in records:
-        for name, version in (record.provenance.get("packages") or {}).items():
-            packages.setdefault(name, set()).add(str(version))
-    dirty = sum(bool(record.provenance.get("dirty")) for record in records)
-    finished = sorted(str(r.provenance["finished"]) for r in records if r.provenance.get("finished"))
-    origin = {
-        "Hardware": all_of("hardware"),
-        "Platform": all_of("platform"),
-        "Python": all_of("python"),
-        "Packages": ", ".join(f"{name} {'/'.join(sorted(versions))}" for name, versions in sorted(packages.items())),
-        "Code (git)": all_of("git") + (f"; {dirty} of {len(records)} runs with uncommitted changes" if dirty else ""),
-        "Recipe": ", ".join(sorted({str(record.recipe) for record in records})),
-        "Finished": " to ".join(dict.fromkeys((finished[0], finished[-1]))) if finished else "",
-    }
-    return {name: value for name, value in origin.items() if value}
 
 
 def print_verdicts(verdicts: Sequence[Verdict], *, console: Console) -> None:
@@ -220,7 +142,7 @@ def print_verdicts(verdicts: Sequence[Verdict], *, console: Console) -> None:
     table.add_column("seeds", justify="right")
     for view in map(view_verdict, verdicts):
         verdict, claim = view.verdict, view.verdict.claim
-        shown = Text(f"{SYMBOLS[verdict.outcome]} {verdict.outcome}", style=_COLOURS[verdict.outcome])
+        shown = Text(f"{OUTCOME_SYMBOLS[verdict.outcome]} {verdict.outcome}", style=_COLOURS[verdict.outcome])
         here = view.shown.mean if verdict.estimate is None else f"{view.shown.mean} {view.shown.interval}"
         if verdict.outcome == "inconclusive" and view.detectable:
             here += f" (detectable: {view.detectable})"

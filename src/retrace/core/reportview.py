@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from retrace.core.claims import Claim
-from retrace.core.figures import verdict_bar
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
-from retrace.core.reportfigures import curves_of, joint_of, profiles_of, samples_of
+from retrace.core.reportfigures import curves_of, joints_of, profiles_of, samples_of
 from retrace.core.samples import DIVERGED, Sample, Samples
 from retrace.core.stats import Estimate, estimate, paired_differences
 from retrace.core.svg import Figure, decimals, number
-from retrace.core.verdicts import OUTCOMES, Verdict
+from retrace.core.verdictfigures import verdict_bar
+from retrace.core.verdicts import OUTCOMES, Outcome, Verdict
 
+JUDGED: tuple[Outcome, ...] = ("reproduced", "direction only", "contradicted", "inconclusive")
 DIAGNOSTICS = ("grad_norm/", "optim/", "speed/")  # curves for whoever debugs a run; W&B and metrics.jsonl have them
 
 
@@ -40,23 +41,9 @@ class Row:
 @dataclass(frozen=True)
 class Table:
     metric: str
+    title: str  # the metric in words
     seeds: tuple[int, ...]
     rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
-class AblationView:
-    """One ablation. `key`: metrics of its own claims; `figures`: those of all claims; `other`: all further tables."""
-
-    ablation: Ablation
-    arms: tuple[str, ...]
-    key: tuple[Table, ...]
-    figures: tuple[Figure, ...]
-    other: tuple[Table, ...]
-    curves: tuple[Figure, ...]
-    profiles: tuple[Figure, ...]  # of quantities over the depth of a model, some arms each
-    joints: tuple[Figure, ...]  # how two values of a run's items go together, an arm each, all seeds
-    records: tuple[tuple[str, int, Record], ...]  # (arm, seed, record), chains in order
 
 
 @dataclass(frozen=True)
@@ -73,22 +60,25 @@ class VerdictView:
 
 
 @dataclass(frozen=True)
-class PageLink:
-    """A page that a run attached to its record. `label`: which run, for people."""
+class AblationView:
+    """One ablation. `key`, `figures`: metrics of its own claims; `other`, `more`: all further tables and figures."""
 
-    name: str
-    href: str
-    label: str
-
-
-@dataclass(frozen=True)
-class Gap:
-    """Arms whose same seeds have no full result, for the same reason."""
-
-    ablation: str
+    ablation: Ablation
+    verdicts: tuple[VerdictView, ...]  # of its own claims
     arms: tuple[str, ...]
-    seeds: tuple[int, ...]
-    why: str
+    key: tuple[Table, ...]
+    figures: tuple[Figure, ...]
+    other: tuple[Table, ...]
+    more: tuple[Figure, ...]
+    curves: tuple[Figure, ...]  # over training, that which matters most first
+    profiles: tuple[Figure, ...]  # of quantities over the depth of a model, some arms each
+    joints: tuple[Figure, ...]  # how two values of a run's items go together, an arm each, all seeds
+    joints_elsewhere: tuple[str, ...]  # arms whose runs an earlier ablation shares, and draws
+
+    @property
+    def drawn(self) -> tuple[Figure, ...]:
+        """All of its figures."""
+        return (*self.figures, *self.more, *self.curves, *self.profiles, *self.joints)
 
 
 def show(found: Estimate | None, *, places: int | None = None, sign: bool = False) -> Shown:
@@ -140,113 +130,81 @@ def _cell(sample: Sample, places: int) -> tuple[str, Record]:
     return number(sample.value, places), sample.record
 
 
-def view_ablation(ablation: Ablation, samples: Samples, *, own: Sequence[str], others: Sequence[str]) -> AblationView:
-    """Everything that the records say of an ablation, the metrics of its own claims and of other claims first."""
+def view_ablation(
+    ablation: Ablation,
+    samples: Samples,
+    *,
+    verdicts: Sequence[VerdictView],
+    others: Sequence[str],
+    words: Mapping[str, str],
+    drawn: dict[frozenset[str], str],
+) -> AblationView:
+    """Everything that the records say of an ablation, the metrics of its own claims first.
+
+    `verdicts`: of its own claims. `others`: metrics of all claims. `words`: metrics and curves in words, in the order
+    in which curves are shown. `drawn` is told which runs' joint distributions this one draws, and says which ones
+    earlier ones did.
+    """
     name, chains = ablation.name, samples.chains.get(ablation.name, {})
     arms = (*ablation.arms, *sorted(chains.keys() - ablation.arms.keys()))
     present = samples.metrics(name)
-    drawn = [metric for metric in dict.fromkeys((*own, *others)) if metric in present]
-    drawn = drawn or [metric for metric in present if metric != DIVERGED][:2]
-    key = [metric for metric in drawn if metric in own] or drawn[:1]
-    tables = {metric: _table(ablation, arms, samples, metric) for metric in dict.fromkeys((*drawn, *present))}
+    own = [metric for view in verdicts for _, metric in view.verdict.claim.cells]
+    key = [metric for metric in dict.fromkeys(own) if metric in present]
+    further = [metric for metric in dict.fromkeys(others) if metric in present]
+    key = key or (further or [metric for metric in present if metric != DIVERGED])[:2]
+    ordered = dict.fromkeys((*key, *(metric for metric in words if metric in present), *present))
+    tables = {metric: _table(ablation, arms, samples, metric, words) for metric in ordered}
+    ranks = {curve: rank for rank, curve in enumerate(words)}
+    curves = [curve for curve in samples.series(name) if not curve.startswith(DIAGNOSTICS)]
+    joints, elsewhere = joints_of(name, arms, chains, drawn)
     return AblationView(
         ablation=ablation,
+        verdicts=tuple(verdicts),
         arms=arms,
         key=tuple(tables[metric] for metric in key),
-        figures=tuple(samples_of(ablation, arms, samples, metric) for metric in drawn),
+        figures=tuple(samples_of(ablation, arms, samples, metric, words) for metric in key),
         other=tuple(table for metric, table in tables.items() if metric not in key),
+        more=tuple(samples_of(ablation, arms, samples, metric, words) for metric in further if metric not in key),
         curves=tuple(
-            curves_of(name, arms, samples, curve) for curve in samples.series(name) if not curve.startswith(DIAGNOSTICS)
+            curves_of(name, arms, samples, curve, words)
+            for curve in sorted(curves, key=lambda curve: ranks.get(curve, len(ranks)))
         ),
         profiles=profiles_of(name, arms, chains),
-        joints=tuple(figure for arm in arms if (figure := joint_of(name, arm, chains.get(arm, {}))) is not None),
-        records=tuple(
-            (arm, seed, record)
-            for arm in arms
-            for seed, chain in sorted(chains.get(arm, {}).items())
-            for record in chain.records
-        ),
+        joints=joints,
+        joints_elsewhere=elsewhere,
     )
 
 
-def _table(ablation: Ablation, arms: Sequence[str], samples: Samples, metric: str) -> Table:
+def _table(ablation: Ablation, arms: Sequence[str], samples: Samples, metric: str, words: Mapping[str, str]) -> Table:
     found = {arm: samples.values(ablation.name, arm, metric) for arm in arms}
     trouble = {arm: samples.trouble(ablation.name, arm) for arm in arms}
     seeds = sorted({seed for arm in arms for seed in (*found[arm], *trouble[arm])} | set(ablation.seeds))
-    places = decimals(sample.value for by_seed in found.values() for sample in by_seed.values())
     base = {seed: sample.value for seed, sample in found[ablation.baseline].items()}
     rows = []
     for arm in arms:
         values = {seed: sample.value for seed, sample in found[arm].items()}
+        places = decimals(values.values())
         gap = Shown("", "baseline")
         if arm != ablation.baseline:
-            gap = show(estimate(paired_differences(values, base).values()), places=places, sign=True)
+            gap = show(estimate(paired_differences(values, base).values()), sign=True)
         cells = tuple(
             _cell(found[arm][seed], places) if seed in found[arm] else (trouble[arm].get(seed, "\u2013"), None)
             for seed in seeds
         )
         rows.append(Row(arm, arm == ablation.baseline, show(estimate(values.values()), places=places), gap, cells))
-    return Table(metric, tuple(seeds), tuple(rows))
-
-
-def page_links(record: Record, pages: frozenset[str]) -> tuple[PageLink, ...]:
-    """The pages of a record, of those that are there."""
-    files = {name: f"{record.id}--{name}.html" for name in record.pages}
-    return tuple(PageLink(name, f"pages/{file}", record.labels[0]) for name, file in files.items() if file in pages)
-
-
-def main_pages(ablations: Sequence[Ablation], samples: Samples, pages: frozenset[str]) -> tuple[PageLink, ...]:
-    """The pages of the base config itself, which is every arm without overrides, at the first seed that has any."""
-    plain = [(ablation.name, arm) for ablation in ablations for arm, lines in ablation.arms.items() if not lines]
-    for name, arm in (*plain, ("main", "main")):
-        for _, chain in sorted(samples.chains.get(name, {}).get(arm, {}).items()):
-            if links := tuple(link for record in chain.records for link in page_links(record, pages)):
-                return links
-    return ()
-
-
-def gaps(ablations: Sequence[Ablation], samples: Samples) -> tuple[Gap, ...]:
-    """Every arm and seed of the files that has no full result: not run, running, failed, diverged."""
-    reasons: dict[str, str] = {}
-    for run in samples.planned:
-        if run.status in ("FAILED", "RUNNING"):
-            why = f"{run.program} {run.status.lower()}{': ' * bool(run.reason)}{run.reason}"
-            reasons.update(dict.fromkeys(run.labels, why))
-    found: dict[tuple[str, str, str], list[int]] = {}
-    for ablation in ablations:
-        for arm in ablation.arms:
-            for seed in ablation.seeds:
-                chain = samples.chains.get(ablation.name, {}).get(arm, {}).get(seed)
-                if chain is not None and chain.diverged:
-                    why = _diverged(chain.diverged)
-                elif chain is not None and chain.complete:
-                    continue
-                else:
-                    default = "not run" if chain is None else "not finished"
-                    why = reasons.get(f"{ablation.name}/{arm}/s{seed}", default)
-                found.setdefault((ablation.name, arm, why), []).append(seed)
-    groups: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
-    for (name, arm, why), seeds in found.items():
-        groups.setdefault((name, tuple(seeds), why), []).append(arm)
-    return tuple(Gap(name, tuple(arms), seeds, why) for (name, seeds, why), arms in groups.items())
-
-
-def _diverged(record: Record) -> str:
-    step = record.metrics.get("diverged_at")
-    return f"{record.program} diverged" + (f" at step {step:.0f}" if step is not None else "")
+    return Table(metric, words.get(metric, metric), tuple(seeds), tuple(rows))
 
 
 def summary(verdicts: Sequence[Verdict], *, scale: str) -> str:
-    """One sentence: how many claims came to what."""
+    """One sentence: how many of the judged claims came to what, and what keeps the others."""
     counts = {outcome: sum(verdict.outcome == outcome for verdict in verdicts) for outcome in OUTCOMES}
-    phrases = {
-        "reproduced": "reproduced",
-        "direction only": "in direction only",
-        "contradicted": "contradicted",
-        "inconclusive": "inconclusive",
-        "not tested at this scale": "not testable at this scale",
-        "no records": "without records",
-    }
-    told = [f"{count} {phrases[outcome]}" for outcome, count in counts.items() if count]
-    total = f"Of {len(verdicts)} claim{'s' * (len(verdicts) != 1)}, judged at scale {scale}"
-    return f"{total}: {', '.join(told)}." if told else f"No claims are listed for this paper (scale {scale})."
+    judged = sum(counts[outcome] for outcome in JUDGED)
+    if not verdicts:
+        return f"No claims are listed for this paper (scale {scale})."
+    told = [f"{counts['reproduced']} of {judged} judged claims reproduced"] if judged else ["no claim is judged yet"]
+    told += [f"{counts['direction only']} in direction only"] * bool(counts["direction only"])
+    told += [f"{counts[outcome]} {outcome}" for outcome in ("contradicted", "inconclusive") if counts[outcome]]
+    waiting = [f"{counts['no records']} without records"] * bool(counts["no records"])
+    untested = counts["not tested at this scale"]
+    waiting += [f"{untested} need{'s' * (untested == 1)} another scale"] * bool(untested)
+    return f"At scale {scale}, {', '.join(told)}{'; ' * bool(waiting)}{', '.join(waiting)}."

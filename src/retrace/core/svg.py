@@ -38,8 +38,8 @@ def figure(name: str, alt: str, *, width: float, height: float, parts: Iterable[
 
 
 def num(value: float) -> str:
-    """A coordinate: two decimals at most."""
-    return f"{value:.2f}".rstrip("0").rstrip(".")
+    """A coordinate: one decimal at most."""
+    return f"{value:.1f}".removesuffix(".0")
 
 
 def text(x: float, y: float, content: str, kind: str, *, anchor: str = "start") -> str:
@@ -56,8 +56,30 @@ def dot(x: float, y: float, kind: str, *, radius: float = 3.2, title: str = "") 
 
 
 def polyline(points: Iterable[tuple[float, float]], kind: str) -> str:
-    path = " ".join(f"{num(x)},{num(y)}" for x, y in points)
-    return f'<polyline points="{path}" class="{kind}"/>'
+    """An open line through points, to a tenth of a unit, in steps from each to the next: so it takes few bytes."""
+    steps, at = [], (0, 0)
+    for x, y in points:
+        now = (round(10 * x), round(10 * y))
+        steps.append(_tenths(now[0] - at[0]) + _tenths(now[1] - at[1], follows=True))
+        at = now
+    path = f"M{steps[0]}" + (f"l{' '.join(steps[1:])}" if len(steps) > 1 else "") if steps else ""
+    return f'<path d="{path}" class="{kind}"/>'
+
+
+def points(places: Iterable[tuple[float, float]], kind: str, *, title: str) -> str:
+    """Many dots of one kind in one path: strokes of no length, whose round ends are the dots."""
+    path, at = [], (0, 0)
+    for x, y in places:
+        now = (round(10 * x), round(10 * y))
+        path.append(f"m{_tenths(now[0] - at[0])}{_tenths(now[1] - at[1], follows=True)}h0")
+        at = now
+    return f'<path d="{"".join(path)}" class="{kind}"><title>{html.escape(title)}</title></path>'
+
+
+def _tenths(value: int, *, follows: bool = False) -> str:
+    """A number of tenths, as short as SVG reads it; one that follows another needs a minus or a space before it."""
+    shown = f"{abs(value) / 10:g}".removeprefix("0") or "0"
+    return ("-" if value < 0 else " " if follows else "") + shown
 
 
 def shorten(content: str, length: int) -> str:

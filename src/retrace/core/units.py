@@ -16,7 +16,7 @@ def duration(seconds: float | None) -> str:
 
 def si(value: float) -> str:
     """'1.2M', '3.4G': three digits with an SI prefix."""
-    for factor, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for factor, unit in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.3g}{unit}"
     return f"{value:.3g}"

@@ -1,0 +1,91 @@
+"""What has not been run and what it would cost: the runs that each scale still needs, as `retrace plan` counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from retrace.core.claims import Claim
+from retrace.core.config import Hardware
+from retrace.core.plan import RunSpec, plan
+from retrace.core.planview import cost_of, expected_seconds
+from retrace.core.store import Store
+from retrace.core.units import si
+
+MACHINES: dict[str, tuple[str, ...]] = {  # what each scale is planned on: the smallest machine that it is made for
+    "laptop": ("hardware=cpu",),
+    "gpu": ("hardware=gpu1", "hardware.peak_flops=989.0e+12", "hardware.planned_mfu=0.3"),
+    "paper": ("hardware=gpu8",),
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Runs without a record, and what they would take. `hours`: of all processors that they hold; None: not known."""
+
+    name: str
+    runs: int
+    flops: float
+    hours: float | None
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One scale. `total` counts a run that several ablations share once, `ablations` in each of them."""
+
+    scale: str
+    claims: tuple[str, ...]  # ids of those that can be judged there
+    total: Need
+    ablations: tuple[Need, ...]
+    unit: str  # of hours
+    assumption: str
+    plan: str  # the command that shows each run
+    run: str  # the command that starts them
+
+
+def outlooks(slug: str, claims: Sequence[Claim], *, scales: Sequence[str], store: Store) -> tuple[Outlook, ...]:
+    """Of every scale that judges claims and has runs without a record."""
+    recorded = {record.id for record in store.records(slug)}
+    found = []
+    for scale in scales:
+        judged = tuple(claim.id for claim in claims if scale in claim.testable_at)
+        if scale in MACHINES and judged:
+            words = [f"scale={scale}", *MACHINES[scale]]
+            specs = [spec for spec in plan([slug], words) if spec.id not in recorded]
+            if specs:
+                found.append(_outlook(slug, scale, judged, specs, words, store))
+    return tuple(found)
+
+
+def _outlook(
+    slug: str, scale: str, claims: tuple[str, ...], specs: Sequence[RunSpec], words: Sequence[str], store: Store
+) -> Outlook:
+    hardware = specs[0].hardware
+    seconds = expected_seconds(specs, store=store)
+
+    def need(name: str, runs: Iterable[RunSpec]) -> Need:
+        some = list(runs)
+        known = [seconds[spec.id] for spec in some]
+        total = None if None in known else sum(value for value in known if value) * hardware.processes / 3600
+        return Need(name, len(some), sum(cost_of(spec).flops for spec in some), total)
+
+    names = dict.fromkeys(label.partition("/")[0] for spec in specs for label in spec.labels)
+    return Outlook(
+        scale=scale,
+        claims=claims,
+        total=need("all", specs),
+        ablations=tuple(need(n, (s for s in specs if any(t.startswith(f"{n}/") for t in s.labels))) for n in names),
+        unit="GPU-hours" if hardware.device == "cuda" else "core-hours",
+        assumption=_assumption(hardware),
+        plan=f"retrace plan {slug} {' '.join(words)}",
+        run=f"retrace run {slug} {' '.join(words[:2])}",
+    )
+
+
+def _assumption(hardware: Hardware) -> str:
+    if hardware.peak_flops is None or hardware.planned_mfu is None:
+        return f"hardware '{hardware.name}', at the speed of runs on record; unknown where there are none"
+    each = f"{si(hardware.peak_flops)} FLOP/s"
+    processors = f"{hardware.processes} GPU{'s' * (hardware.processes > 1)} of {each}"
+    idle = "; GPUs that a run holds and leaves idle count" if hardware.processes > 1 else ""
+    return f"planned, not measured: {processors}, {100 * hardware.planned_mfu:.0f} % of it in use{idle}"

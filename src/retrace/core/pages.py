@@ -1,0 +1,80 @@
+"""The templates of the generated pages: one style, and what text needs to stay text in HTML and in Markdown."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from retrace.core.reportruns import anchor
+from retrace.core.reportview import JUDGED
+from retrace.core.svg import STYLE
+from retrace.core.units import duration, si
+from retrace.core.verdictfigures import numbers
+from retrace.core.verdicts import OUTCOMES
+
+TEMPLATES = Path(__file__).parent / "templates"
+OUTCOME_SYMBOLS = dict(zip(OUTCOMES, ("\u2713", "\u2197", "\u2717", "?", "\u2013", "\u2013"), strict=True))
+
+
+def environment() -> Any:
+    """The templates of all pages, with the filters that they use."""
+    import jinja2
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=lambda name: (name or "").endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters |= {
+        "md": _markdown,
+        "code": _code,
+        "si": _si,
+        "arrow": _arrow,
+        "duration": duration,
+        "word": _word,
+        "anchor": anchor,
+        "plain": _plain,
+        "hours": _hours,
+        "numbers": numbers,
+    }
+    style = (TEMPLATES / "page.css").read_text() + STYLE
+    templates.globals |= {"symbols": OUTCOME_SYMBOLS, "style": style, "outcomes": OUTCOMES, "judged_outcomes": JUDGED}
+    return templates
+
+
+def _markdown(content: object) -> str:
+    """Text that stays text in Markdown, in a table as well."""
+    escaped = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", str(content).replace("&", "&amp;").replace("<", "&lt;"))
+    return " ".join(escaped.split())
+
+
+def _arrow(content: str) -> str:
+    """ASCII arrows of the claims file as arrows."""
+    return content.replace("->", "\u2192")
+
+
+def _code(content: object) -> str:
+    """A code span; a bar would end a table's cell."""
+    return "`" + " ".join(str(content).replace("`", "'").replace("|", "\\|").split()) + "`"
+
+
+def _si(value: float | None) -> str:
+    return "\u2013" if value is None else si(value)
+
+
+def _word(outcome: str) -> str:
+    """An outcome as one word, for classes of the style sheet."""
+    return outcome.replace(" ", "-")
+
+
+def _plain(name: str) -> str:
+    """A name from a config, for reading."""
+    return name.replace("_", " ")
+
+
+def _hours(value: float | None) -> str:
+    return "not known" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2g}"

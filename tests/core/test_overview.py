@@ -1,0 +1,45 @@
+"""One page for all papers: written whenever one is reported, and honest about those without records."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from conftest import Run
+from test_scales import CLAIMS, NOW, PAPER, records
+
+from retrace.core.overview import Judged, build_overview
+from retrace.core.verdicts import judge_all
+
+
+def built(out: Path) -> dict[str, str]:
+    judged = Judged(PAPER, {"laptop": judge_all(CLAIMS, records(), scale="laptop")}, tuple(records()))
+    empty = Judged(PAPER.__class__(**{**PAPER.__dict__, "slug": "empty", "title": "Empty: nothing"}), {}, ())
+    build_overview([judged, empty], now=NOW, out=out)
+    return {name: (out / name).read_text() for name in ("index.html", "README.md")}
+
+
+def test_every_judged_claim_is_there_with_its_verdict_and_leads_to_the_report(tmp_path: Path) -> None:
+    files = built(tmp_path)
+    for text in files.values():
+        assert "4 of 7 judged claims of 1 paper reproduced." in text
+        assert "empty: no records that judge a claim yet." in text
+        for claim in CLAIMS:
+            assert claim.says in text
+        assert text.count("retrace report empty") == 1
+    for claim in CLAIMS:
+        assert f'href="demo/index.html#claim-{claim.id}"' in files["index.html"]
+    assert "(demo/REPORT.md)" in files["README.md"]
+
+
+def test_the_overview_fetches_nothing(tmp_path: Path) -> None:
+    page = built(tmp_path)["index.html"]
+    assert "<script" not in page
+    assert not re.search(r'src=|url\(|@import|<link(?! rel="icon" href="data:,")', page)
+
+
+def test_reporting_without_a_paper_writes_the_overview_also_where_nothing_was_run(home: Path, retrace: Run) -> None:
+    done = retrace("report")
+    assert done.returncode == 0, done.stderr
+    assert "No claim is judged yet." in (home / "results" / "README.md").read_text()
+    assert (home / "results" / "index.html").is_file()
