@@ -61,12 +61,14 @@ class Browser:
             self.requests.append(content["request"]["url"])
         return found
 
-    def open(self, page: Path, *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
-        """Show a file in a window of this size."""
+    def open(
+        self, page: Path, *, width: int = 1200, height: int = 900, dark: bool = False, paper: bool = False
+    ) -> None:
+        """Show a file in a window of this size, or as it is laid out on paper."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Emulation.setEmulatedMedia", media="print" if paper else "", features=[scheme])
         self.call("Page.navigate", url=page.resolve().as_uri())
         while self.evaluate("document.readyState") != "complete":
             pass
@@ -93,6 +95,11 @@ class Browser:
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """A PNG of the window, or of the whole page."""
         found = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(found["data"]))
+
+    def pdf(self, path: Path) -> None:
+        """The page as it is printed on A4."""
+        found = self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, printBackground=True)
         path.write_bytes(base64.b64decode(found["data"]))
 
 

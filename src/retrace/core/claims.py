@@ -120,7 +120,12 @@ def load_claims(path: Path, *, arms: Mapping[str, Collection[str]] | None = None
 
 
 def load_words(path: Path) -> dict[str, str]:
-    """What metrics and curves are, in words, from a metrics.yaml; raises ValueError where it is no such list."""
+    """What metrics and curves are, in words, from a metrics.yaml; without one they go by their names.
+
+    Raises ValueError where the file is no such list.
+    """
+    if not path.is_file():
+        return {}
     try:
         words: Any = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:

@@ -17,7 +17,7 @@ from retrace.core.svg import Figure, decimals, dot, figure, line, number, polyli
 
 LETTER = 6.6  # width of a letter of an arm's name, at most
 SPREAD = 5.0  # between the dots of two seeds
-ROW = 26.0  # height of an arm that has a row of its own
+ROW = 28.0  # height of an arm that has a row of its own
 DECADES = 30.0  # largest over smallest value from which on an axis is logarithmic, where the largest is as large
 
 
@@ -115,9 +115,9 @@ def _rows(title: str, arms: Sequence[ArmValues], baseline: str) -> Iterator[str]
         if arm.arm == baseline:
             if found is not None:
                 yield line(x(found.mean), TOP - 2, x(found.mean), bottom, "base")
-            yield text(left - 8, middle + 12, "baseline", "tick", anchor="end")
+            yield text(left - 8, middle + 11, "baseline", "tick", anchor="end")
         name = shorten(arm.arm, int((left - 12) / LETTER))
-        yield text(left - 8, middle + (1 if arm.arm == baseline else 4), name, "strong", anchor="end")
+        yield text(left - 8, middle + (-1 if arm.arm == baseline else 4), name, "strong", anchor="end")
         kind = "sample hollow" if arm.arm == baseline else "sample"
         for seed, value in arm.values.items():
             yield dot(x(value), middle - 4 + shift[seed] / 2, kind, title=_tip(arm, seed, value))
