@@ -113,6 +113,8 @@ def test_measured_against_predicted_lies_on_the_diagonal_where_both_agree_and_th
     assert max(abs(distance) for _, distance in on) < 0.2
     assert all(distance < -1 for _, distance in above)
     assert agreement_figure("f", "variance", [ArmProfile("a", [[(0.0, 1.0)]])], logarithmic=True) is None
+    zero = ArmProfile("zero", [[(0.0, 0.1), (1.0, 0.1)]], predicted=[(0.0, 0.0), (1.0, 0.0)])
+    assert agreement_figure("f", "correlation", [zero], logarithmic=False) is None
 
 
 def steps_of_dots(path: ElementTree.Element) -> list[tuple[float, float]]:

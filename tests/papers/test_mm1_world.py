@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from retrace.papers.mm1.documents import CAPTION, TEXT_FAMILIES, build_tokenizer, draft, encode
 from retrace.papers.mm1.images import draw
 from retrace.papers.mm1.packing import Draft, Picture
+from retrace.papers.mm1.parts import BLOCK, PartsSource
 from retrace.papers.mm1.rows import Piece
 from retrace.papers.mm1.world import (
     ATTRIBUTES,
@@ -127,6 +129,14 @@ def test_captions_are_noisy_as_often_as_asked_and_synthetic_ones_never() -> None
 
     assert true_share("synthetic") == 1
     assert true_share("caption") == pytest.approx(0.7, abs=0.04)
+
+
+def test_captions_in_parts_name_everything_in_one_batch_of_four_and_digits_alone_in_the_others() -> None:
+    documents = itertools.islice(PartsSource(WORLD, "synthetic", 0).drafts((0,)), 8 * BLOCK)
+    said = [(shown(d)[0], words(d)) for _, d in documents]
+    for number, batch in enumerate(said[first : first + BLOCK] for first in range(0, len(said), BLOCK)):
+        for scene, text in batch:
+            assert text == f"<image> {scene.caption if number % 4 == 0 else ' '.join(scene.digits)}"
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)

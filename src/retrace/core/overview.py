@@ -12,9 +12,9 @@ from retrace.core.pages import environment
 from retrace.core.paper import Paper
 from retrace.core.record import Record
 from retrace.core.reportruns import costs, origin
-from retrace.core.reportview import JUDGED, VerdictView, summary, view_verdict
+from retrace.core.reportview import VerdictView, summary, view_verdict
 from retrace.core.scales import Comparison, compare_scales
-from retrace.core.verdicts import OUTCOMES, Verdict
+from retrace.core.verdicts import JUDGED, OUTCOMES, Verdict
 
 
 @dataclass(frozen=True)

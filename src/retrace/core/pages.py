@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from retrace.core.reportruns import anchor
-from retrace.core.reportview import JUDGED
 from retrace.core.svg import STYLE
 from retrace.core.units import duration, si
 from retrace.core.verdictfigures import numbers
-from retrace.core.verdicts import OUTCOMES
+from retrace.core.verdicts import JUDGED, OUTCOMES
 
 TEMPLATES = Path(__file__).parent / "templates"
 OUTCOME_SYMBOLS = dict(zip(OUTCOMES, ("\u2713", "\u2197", "\u2717", "?", "\u2013", "\u2013"), strict=True))

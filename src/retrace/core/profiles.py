@@ -119,10 +119,10 @@ def _scale(values: Iterable[float], *, start: float, end: float, logarithmic: bo
 def agreement_figure(name: str, title: str, arms: Sequence[ArmProfile], *, logarithmic: bool) -> Figure | None:
     """Measured against predicted: a dot for every arm, seed and `EVERY`-th place of the depth; on the line they agree.
 
-    None where no arm has a prediction.
+    Of arms with a prediction other than zero, of which an error can be a share; None where there is no such arm.
     """
     pairs = {arm.arm: [p for p in _pairs(arm) if all(_usable(v, logarithmic=logarithmic) for v in p)] for arm in arms}
-    pairs = {arm: found for arm, found in pairs.items() if found}
+    pairs = {arm: found for arm, found in pairs.items() if any(predicted for predicted, _ in found)}
     if not pairs:
         return None
     values = [value for found in pairs.values() for pair in found for value in pair]

@@ -24,11 +24,11 @@ from retrace.core.paper import Paper
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
 from retrace.core.reportruns import costs, gaps, ledger, main_pages, origin
-from retrace.core.reportview import JUDGED, summary, view_ablation, view_verdict
+from retrace.core.reportview import summary, view_ablation, view_verdict
 from retrace.core.samples import Planned, Samples
 from retrace.core.scales import compare_scales
 from retrace.core.verdictfigures import forest_figure
-from retrace.core.verdicts import OUTCOMES, Verdict, judge
+from retrace.core.verdicts import JUDGED, OUTCOMES, Verdict, judge
 
 _COLOURS = dict(zip(OUTCOMES, ("green", "blue", "red", "yellow", "dim", "dim"), strict=True))
 

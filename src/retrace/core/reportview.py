@@ -13,9 +13,8 @@ from retrace.core.samples import DIVERGED, Sample, Samples
 from retrace.core.stats import Estimate, estimate, paired_differences
 from retrace.core.svg import Figure, decimals, number
 from retrace.core.verdictfigures import verdict_bar
-from retrace.core.verdicts import OUTCOMES, Outcome, Verdict
+from retrace.core.verdicts import JUDGED, OUTCOMES, Verdict
 
-JUDGED: tuple[Outcome, ...] = ("reproduced", "direction only", "contradicted", "inconclusive")
 DIAGNOSTICS = ("grad_norm/", "optim/", "speed/")  # curves for whoever debugs a run; W&B and metrics.jsonl have them
 
 

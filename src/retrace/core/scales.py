@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from retrace.core.verdicts import Outcome, Verdict
+from retrace.core.verdicts import JUDGED, Outcome, Verdict
 
 CALLS: dict[Outcome, int] = {"reproduced": 1, "direction only": 1, "contradicted": -1, "inconclusive": 0}
 
@@ -47,7 +47,7 @@ class Comparison:
 
 def compare_scales(verdicts: Mapping[str, Sequence[Verdict]]) -> Comparison | None:
     """None where no claim has been judged at two scales. `verdicts`: by scale, smaller ones first."""
-    judged = {scale: {v.claim.id: v for v in found if v.outcome in CALLS} for scale, found in verdicts.items()}
+    judged = {scale: {v.claim.id: v for v in found if v.outcome in JUDGED} for scale, found in verdicts.items()}
     scales = tuple(scale for scale in verdicts if judged[scale])
     ids = dict.fromkeys(verdict.claim.id for found in verdicts.values() for verdict in found)
     rows = [tuple(judged[scale].get(claim) for scale in scales) for claim in ids]

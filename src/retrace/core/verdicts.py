@@ -39,6 +39,7 @@ OUTCOMES: tuple[Outcome, ...] = (
     "not tested at this scale",
     "no records",
 )
+JUDGED: tuple[Outcome, ...] = OUTCOMES[:4]  # those that say something of the claim
 
 
 @dataclass(frozen=True)

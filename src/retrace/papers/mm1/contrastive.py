@@ -71,13 +71,16 @@ class ContrastiveModel(nn.Module):
         texts_BE = F.normalize(self.project_text(means_BC), dim=-1)
         scale = self.log_scale.clamp(max=-math.log(LEAST_TEMPERATURE)).exp()
         alike_BB = same_captions(input_ids_BT, attention_mask_BT)
-        scores_BB = scale * F.normalize(self.project_image(features_BPD.mean(1)), dim=-1) @ texts_BE.mT
-        loss = contrastive_loss(scores_BB.float(), alike_BB)
+
+        def scores(images_BE: Tensor) -> Tensor:
+            return (scale * F.normalize(images_BE, dim=-1) @ texts_BE.mT).float()
+
+        scores_BB = scores(self.project_image(features_BPD.mean(1)))
+        loss = contrastive_loss(scores_BB, alike_BB)
         metrics = {"temperature": 1 / scale.detach()[0], **_retrieval(scores_BB.detach(), alike_BB)}
         metrics["loss/contrastive"] = loss.detach()
         if self.project_patches is not None:
-            sharp_BB = scale * F.normalize(self.project_patches(features_BPD.flatten(1)), dim=-1) @ texts_BE.mT
-            by_patches = contrastive_loss(sharp_BB.float(), alike_BB)
+            by_patches = contrastive_loss(scores(self.project_patches(features_BPD.flatten(1))), alike_BB)
             metrics["loss/contrastive_patches"] = by_patches.detach()
             loss = (loss + by_patches) / 2
         return Output(loss, metrics)
