@@ -86,6 +86,18 @@ def test_values_are_judged_at_the_scale_of_the_paper(expect: dict[str, Any], out
     assert verdict(records(CLEAR, scale="paper"), scale="paper", expect=expect).outcome == outcome
 
 
+@pytest.mark.parametrize(
+    ("expect", "words"),
+    [
+        ({"direction": "up", "value": 3.5}, "up by 3.5"),
+        ({"direction": "down", "value": -1.0}, "down by 1"),
+        ({"direction": "none", "margin": 0.3}, "no difference above 0.3"),
+    ],
+)
+def test_what_is_expected_is_told_without_a_second_minus(expect: dict[str, Any], words: str) -> None:
+    assert claim(expect=expect).expected == words
+
+
 def test_a_printed_value_can_not_be_judged_at_a_smaller_scale() -> None:
     found = verdict(records(CLEAR), expect={"direction": "up", "value": 0.51})
     assert found.outcome == "direction only"

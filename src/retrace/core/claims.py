@@ -86,7 +86,7 @@ class Claim(Frozen):
         """What is expected of the difference, in words."""
         if self.expect.margin is not None:
             return f"no difference above {self.expect.margin:g}"
-        value = "" if self.expect.value is None else f" by {self.expect.value:g}"
+        value = "" if self.expect.value is None else f" by {abs(self.expect.value):g}"
         return self.expect.direction + value + (" points" if value and self.expect.unit == "points" else "")
 
     @property
