@@ -125,11 +125,13 @@ def test_pickled_weights_are_refused_by_the_command_before_anything_starts(
     trap.lay(folder / "pytorch_model.bin")
     thoughts = ThoughtConfig(num_sampled=2, num_true=2, num_thoughts=2, policy_weight=1.0)
     write_thoughts(folder, thoughts, {}, hidden_tokens=[])
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "some text"}) + "\n")
+    text = [f"corpus.{use}=[{{kind: local, path: text.jsonl}}]" for use in ("continued", "heldout")]
     for words in (
-        ["run", "quietstar/main", "scale=paper", "hardware=cpu", f"model.name={folder}"],
+        ["run", "quietstar/main", "scale=paper", "hardware=cpu", f"model.name={folder}", *text, "eval.tasks=[]"],
         ["think", str(folder), "some text"],
     ):
-        done = retrace(*words, HF_HUB_OFFLINE="1")
+        done = retrace(*words, HF_HUB_OFFLINE="1", RETRACE_DATA=str(tmp_path))
         assert done.returncode == 2
         assert "no model*.safetensors: other formats can hold code and are not read" in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1

@@ -101,8 +101,6 @@ def check(config: QuietStarConfig) -> None:
     if config.base is not None:
         config.base.optim.check_processes(config.hardware.processes, key="base.optim")
     config.train.optim.check_processes(config.hardware.processes, key="train.optim")
-    if isinstance(config.model, PretrainedModel):
-        config.model.check()
     procedural = isinstance(config.corpus, CorpusConfig)
     validate_tasks(
         config.eval.tasks,
@@ -118,3 +116,5 @@ def check(config: QuietStarConfig) -> None:
     else:
         for source in config.corpus.every_source():
             source.check()
+    if isinstance(config.model, PretrainedModel):
+        config.model.check()
