@@ -75,6 +75,12 @@ Words = Annotated[
 ]
 
 
+Slugs = Annotated[
+    list[str] | None,
+    typer.Argument(help="Papers; none: all of them", metavar="[PAPER]...", show_default=False),
+]
+
+
 def split(words: list[str]) -> tuple[list[str], list[str]]:
     """Targets and overrides of a command line; raises ValueError without a target."""
     targets = [word for word in words if "=" not in word and not word.startswith(("+", "~"))]
@@ -84,11 +90,11 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 @app.command("list")
-def list_() -> None:
-    """Show every paper with its ablations and arms."""
+def list_(slugs: Slugs = None) -> None:
+    """Show papers with their ablations and arms."""
     from retrace.core.plan import load_ablations
 
-    for slug in papers():
+    for slug in slugs or papers():
         paper = load_paper(slug)
         table = Table("ablation", "question", "where", "arms (baseline first)", "seeds", box=None, title_justify="left")
         table.title = f"[bold]{slug}[/]: {paper.title} (arXiv {paper.arxiv})"

@@ -115,6 +115,7 @@ def _record(
 ) -> Record:
     hardware = spec.hardware
     where = provenance.describe(
+        paper=spec.paper,
         device=_device_name(hardware.device),
         processes=hardware.processes,
         threads=hardware.threads,

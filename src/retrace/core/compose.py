@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from retrace.core.config import CONFIGS, papers, suggest
+from retrace.core.config import CONFIGS, configs_of, suggest
 
 
 def parse(text: str) -> Override:
@@ -63,8 +63,8 @@ def compose(paper: str, overrides: Sequence[str], *, name: str = "main") -> dict
 
     Raises ValueError, in one line, for an unknown paper, key, group choice or a value that does not parse.
     """
-    if not (CONFIGS / paper / f"{name}.yaml").is_file():
-        raise ValueError(f"{paper}/{name}: no such config; the papers are: {', '.join(papers()) or 'none'}")
+    if not (path := configs_of(paper) / f"{name}.yaml").is_file():
+        raise ValueError(f"{paper}/{name}: no such config: there is no {path}")
     groups = tuple(text for text in overrides if _is_group(paper, override_key(text)))
     tree = _compose_groups(paper, name, groups).copy()
     for text in overrides:
@@ -80,19 +80,19 @@ def compose(paper: str, overrides: Sequence[str], *, name: str = "main") -> dict
 
 def _is_group(paper: str, key: str) -> bool:
     """Whether a key chooses a file: a folder of the paper's configs, or of all papers'."""
-    return "." not in key and ((CONFIGS / paper / key).is_dir() or (CONFIGS / key).is_dir())
+    return "." not in key and ((configs_of(paper) / key).is_dir() or (CONFIGS / key).is_dir())
 
 
 @lru_cache(maxsize=64)
 def _compose_groups(paper: str, name: str, groups: tuple[str, ...]) -> DictConfig:
     for text in groups:
         group, choice = parse(text).get_key_element(), text.partition("=")[2]
-        known = {path.stem for folder in (CONFIGS / paper, CONFIGS) for path in (folder / group).glob("*.yaml")}
+        known = {path.stem for folder in (configs_of(paper), CONFIGS) for path in (folder / group).glob("*.yaml")}
         if choice not in known:
             raise ValueError(f"{text}: no such {group} for {paper}; there are: {', '.join(sorted(known))}")
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(config_dir=str(CONFIGS / paper), version_base="1.3"):
+        with initialize_config_dir(config_dir=str(configs_of(paper)), version_base="1.3"):
             search = f"hydra.searchpath=[file://{CONFIGS}]"  # configs/hardware and configs/tracking, for every paper
             return hydra_compose(name, [search, *groups])
     except (HydraException, OmegaConfBaseException) as error:

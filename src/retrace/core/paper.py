@@ -7,12 +7,12 @@ where they run, so that planning a cluster sweep on a login node stays instant.
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
-from retrace.core.config import Experiment, Frozen, papers
+from retrace.core.config import PAPERS, Experiment, Frozen, paper_packages, papers, suggest
 
 if TYPE_CHECKING:
     from retrace.core.cost import Cost
@@ -89,11 +89,17 @@ class Paper:
 
 
 def load_paper(slug: str) -> Paper:
-    """`PAPER` of `retrace.papers.<slug>`; raises ValueError for a slug that names no paper."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", slug) or slug not in papers():
-        raise ValueError(f"{slug}: no such paper; the papers are: {', '.join(papers()) or 'none'}")
-    paper = importlib.import_module(f"retrace.papers.{slug}").PAPER
-    assert isinstance(paper, Paper)
+    """`PAPER` of `retrace.papers.<slug>`, or of the package that brings it; raises ValueError where there is none."""
+    if slug not in papers():
+        raise ValueError(f"{slug}: no such paper{suggest(slug, papers(), what='papers')}")
+    entry = paper_packages().get(slug) or EntryPoint(slug, f"{PAPERS}.{slug}:PAPER", PAPERS)
+    try:
+        module = importlib.import_module(entry.module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{slug}: {entry.module} can't be imported: {error}; install what is missing") from error
+    paper = getattr(module, entry.attr, None)
+    if not isinstance(paper, Paper) or paper.slug != slug:
+        raise ValueError(f"{slug}: {entry.value} is {paper!r:.60}; expected a Paper with slug='{slug}'")
     return paper
 
 

@@ -20,13 +20,13 @@ from pydantic import Field, model_validator
 
 from retrace.core.compose import compose, expand_sweep, override_key
 from retrace.core.config import (
-    CONFIGS,
     SCALES,
     Experiment,
     Frozen,
     Hardware,
     Scale,
     Tracking,
+    configs_of,
     read_yaml,
     suggest,
     validate,
@@ -82,7 +82,7 @@ class RunSpec:
 
 def load_ablations(paper: str) -> dict[str, Ablation]:
     """Every ablation of a paper, by name, in the order of its files' names."""
-    paths = sorted((CONFIGS / paper / "ablations").glob("*.yaml"))
+    paths = sorted((configs_of(paper) / "ablations").glob("*.yaml"))
     return {path.stem: load_ablation(path) for path in paths}
 
 
@@ -104,14 +104,14 @@ def resolve(target: str) -> list[Ablation]:
     if not name:
         return list(ablations.values())
     if name not in ablations:
-        raise ValueError(f"{target}: no such ablation{suggest(name, ['main', *ablations])}")
+        raise ValueError(f"{target}: no such ablation{suggest(name, ['main', *ablations], what='ablations')}")
     return [ablations[name] if not arm else _one_arm(ablations[name], arm, target)]
 
 
 def _one_arm(ablation: Ablation, arm: str, target: str) -> Ablation:
     """An ablation of one of its arms alone; the runs keep their labels and identities."""
     if arm not in ablation.arms:
-        raise ValueError(f"{target}: no such arm{suggest(arm, list(ablation.arms))}")
+        raise ValueError(f"{target}: no such arm{suggest(arm, list(ablation.arms), what='arms')}")
     return ablation.model_copy(update={"arms": {arm: ablation.arms[arm]}, "baseline": arm})
 
 

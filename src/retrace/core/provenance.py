@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from retrace.core.config import package_folder, paper_packages
+
 PACKAGES = (
     "accelerate",
     "datasets",
@@ -46,6 +48,24 @@ def code() -> dict[str, Any]:
     }
 
 
+@functools.cache
+def paper_code(slug: str) -> dict[str, Any]:
+    """Of a paper that another package brings: its distribution and, where it is a checkout, its commit.
+
+    Nothing for a paper of this repository; a snapshot holds what was true when it was taken.
+    """
+    folder, entry = package_folder(slug), paper_packages().get(slug)
+    if folder is None or entry is None:
+        return {}
+    taken = code().get("paper_code")
+    if taken and slug in taken:
+        return {}  # as a part of `code()`
+    sha = _git(folder, "rev-parse", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--", ".") if sha else None
+    dist = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.module
+    return {"paper_code": {slug: {"package": dist, "git": sha, "dirty": bool(changed) if sha else None}}}
+
+
 def _git(root: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
@@ -78,11 +98,14 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def describe(*, device: str, processes: int, threads: int, hardware_config: str, command: str) -> dict[str, Any]:
+def describe(
+    *, paper: str, device: str, processes: int, threads: int, hardware_config: str, command: str
+) -> dict[str, Any]:
     """Provenance of a run. `device` is the accelerator's name, or "" on a CPU."""
     place = device or f"{processor()}, {threads} thread{'s' * (threads > 1)}"
     return {
         **code(),
+        **paper_code(paper),
         "packages": packages(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -9,7 +9,7 @@ from functools import lru_cache
 from rich.console import Console
 
 from retrace.core.claims import Claim, load_claims, load_words
-from retrace.core.config import CONFIGS, SCALES, papers
+from retrace.core.config import SCALES, configs_of, papers
 from retrace.core.outlook import outlooks
 from retrace.core.overview import Judged, build_overview
 from retrace.core.paper import load_paper
@@ -37,7 +37,7 @@ def report(slug: str, *, scale: str, store: Store, console: Console) -> tuple[Ve
         now=datetime.now(UTC),
         out=store.results / slug,
         planned=planned_runs(slug, scale=scale, store=store),
-        words=load_words(CONFIGS / slug / "metrics.yaml"),
+        words=load_words(configs_of(slug) / "metrics.yaml"),
         outlook=outlooks(slug, claims, scales=known, store=store),
         elsewhere=_verdicts(slug, claims, store=store),
     )
@@ -58,12 +58,12 @@ def overview(*, store: Store, console: Console) -> None:
 
 def _claims(slug: str) -> tuple[Claim, ...]:
     arms = {name: ablation.arms.keys() for name, ablation in load_ablations(slug).items()}
-    return load_claims(CONFIGS / slug / "claims.yaml", arms=arms)
+    return load_claims(configs_of(slug) / "claims.yaml", arms=arms)
 
 
 def _scales(slug: str) -> list[str]:
     """The scales that a paper has, smaller ones first."""
-    return [name for name in SCALES if (CONFIGS / slug / "scale" / f"{name}.yaml").is_file()]
+    return [name for name in SCALES if (configs_of(slug) / "scale" / f"{name}.yaml").is_file()]
 
 
 def _verdicts(slug: str, claims: Sequence[Claim], *, store: Store) -> Mapping[str, tuple[Verdict, ...]]:

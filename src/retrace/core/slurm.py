@@ -56,7 +56,8 @@ class Slurm:
         new = {run_id: spec for run_id, spec in waiting.items() if run_id not in summary.queued}
         if not new:
             return summary
-        code = snapshot.take(self._store, allow_dirty=self._allow_dirty).absolute()
+        papers = sorted({spec.paper for spec in specs})
+        code = snapshot.take(self._store, papers=papers, allow_dirty=self._allow_dirty).absolute()
         for spec in new.values():
             self._store.run(spec.id).freeze(spec, command=self._command)
         arrays: list[str] = []  # each waits for those before it

@@ -17,8 +17,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from retrace.core.config import CONFIGS
-from retrace.core.provenance import SNAPSHOT
+from retrace.core.config import CONFIGS, package_folder, paper_packages
+from retrace.core.provenance import SNAPSHOT, paper_code
 from retrace.core.safety import own_folder, refuse_secrets
 from retrace.core.store import Store, write_json
 
@@ -26,12 +26,14 @@ KEEP_SECONDS = 24 * 3600.0
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def take(store: Store, *, allow_dirty: bool) -> Path:
-    """The folder of the snapshot; the same state of the code gives the same one.
+def take(store: Store, *, papers: Collection[str], allow_dirty: bool) -> Path:
+    """The folder of the snapshot; the same state of the code gives the same one. It has the packages of `papers` too.
 
     Raises ValueError where code or configs differ from the last commit and nobody allowed it.
     """
     folders = {"src/retrace": PACKAGE, "configs": CONFIGS}
+    brought = {slug: folder for slug in papers if (folder := package_folder(slug))}
+    folders |= {f"src/{paper_packages()[slug].module}": folder for slug, folder in brought.items()}
     commit = (_git(PACKAGE, "rev-parse", "HEAD") or "").strip() or None
     diff = "".join(uncommitted(folder) for folder in folders.values())
     refuse_secrets(diff, where="the uncommitted diff")
@@ -49,6 +51,8 @@ def take(store: Store, *, allow_dirty: bool) -> Path:
         os.utime(target)  # so that `prune` sees that it is wanted
     else:
         code: dict[str, Any] = {"git": commit, "dirty": bool(diff) if commit else None, "diff_sha256": None}
+        for slug in brought:
+            code.setdefault("paper_code", {}).update(paper_code(slug)["paper_code"])
         if diff:
             code |= {"diff_sha256": hashlib.sha256(diff.encode()).hexdigest()[:16], "diff": diff}
         _copy(chosen, target, code=code)

@@ -28,11 +28,11 @@ Method = Callable[..., ModelInit]
 def initialise(shape: ModelShape, method: str, **options: Any) -> ModelInit:
     """METHODS[method](shape, **options); raises ValueError for an unknown method or option, and for what it refuses."""
     if method not in METHODS:
-        raise ValueError(f"method='{method}': no such method{suggest(method, list(METHODS))}")
+        raise ValueError(f"method='{method}': no such method{suggest(method, list(METHODS), what='methods')}")
     known = [name for name in inspect.signature(METHODS[method]).parameters if name != "shape"]
     for name in options:
         if name not in known:
-            choices = suggest(name, known) if known else "; it has none"
+            choices = suggest(name, known, what="options") if known else "; it has none"
             raise ValueError(f"method='{method}': no option '{name}'{choices}")
     return METHODS[method](shape, **options)
 
