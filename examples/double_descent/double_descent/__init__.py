@@ -1,8 +1,9 @@
-"""Double descent (arXiv 1812.11118): the test error of ever wider models, beyond the point where they fit everything."""
+"""Double descent (arXiv 1812.11118): the test error of ever wider models, beyond those that just fit everything."""
 
 from __future__ import annotations
 
 from pydantic import Field
+
 from retrace.core.config import Experiment, Frozen
 from retrace.core.cost import Cost, Memory
 from retrace.core.paper import Paper, Program, Stage

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from retrace.core.context import Context
 from sklearn.datasets import load_digits
 
-from double_descent import FitConfig
+from double_descent import FitConfig, cost
+from retrace.core.context import Context
 
 
 def fit(config: FitConfig, ctx: Context) -> dict[str, float]:
@@ -31,6 +31,7 @@ def fit(config: FitConfig, ctx: Context) -> dict[str, float]:
     predicted = features @ coefficients
     squared = ((predicted - y) ** 2).sum(axis=1)
     wrong = predicted.argmax(axis=1) != y.argmax(axis=1)
+    ctx.cost["flops"] = cost(config).flops  # with the seconds, which are taken: how long the next one will take
     return {
         "train/loss": float(squared[:n].mean()),
         "test/log10_loss": math.log10(squared[n:].mean()),
