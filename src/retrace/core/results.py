@@ -47,10 +47,11 @@ def report(slug: str, *, scale: str, store: Store, console: Console) -> tuple[Ve
 
 
 def overview(*, store: Store, console: Console) -> None:
-    """Write results/index.html and README.md: every paper, at every scale that has records."""
+    """Write results/index.html and README.md: every paper that has results in this home, at every scale of them."""
     judged = [
         Judged(load_paper(slug), _verdicts(slug, _claims(slug), store=store), tuple(store.records(slug)))
         for slug in papers()
+        if (store.results / slug).is_dir()
     ]
     build_overview(judged, now=datetime.now(UTC), out=store.results)
     console.print(f"all papers: {store.results / 'index.html'} and README.md beside it", soft_wrap=True)
