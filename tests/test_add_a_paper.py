@@ -1,4 +1,4 @@
-"""docs/add-a-paper.md to the letter: its files, in an empty folder, and its commands, in an environment of their own."""
+"""docs/add-a-paper.md to the letter: its files in an empty folder, its commands in an environment of their own."""
 
 from __future__ import annotations
 
