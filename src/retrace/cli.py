@@ -9,87 +9,63 @@ import logging
 import os
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperCommand, TyperGroup
 
+from retrace.core.completion import complete_papers, complete_scales, complete_words
 from retrace.core.config import CONFIGS, HOME, papers
-from retrace.core.paper import Command, load_paper, paper_commands
+from retrace.core.paper import load_paper
 from retrace.core.safety import RedactingFormatter, deny_others, redact, redact_tracebacks
+from retrace.core.usage import Commands, WrongUsage, explain_usage, teach
 
-if TYPE_CHECKING:
-    from retrace.core.plan import RunSpec
-
-
-class PaperCommand(TyperCommand):
-    """A command that a paper brings; its module is imported when it is called."""
-
-    def __init__(self, slug: str, command: Command) -> None:
-        super().__init__(command.name, help=command.help, rich_help_panel=slug)
-        self._command = command
-
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Hand the rest of the command line to the paper's function, as typer reads it."""
-        own = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        own.command(self.name)(self._command.load())
-        return typer.main.get_command(own).make_context(info_name, args, parent, **extra)
-
-
-class Commands(TyperGroup):
-    """The commands below; those of the papers are looked up only for what is not among them, and for `--help`."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        self._add_those_of_papers()
-        return super().list_commands(ctx)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in self.commands:
-            self._add_those_of_papers()
-        return super().get_command(ctx, cmd_name)
-
-    def _add_those_of_papers(self) -> None:
-        for name, (slug, command) in paper_commands().items():
-            self.commands.setdefault(name, PaperCommand(slug, command))
-
-
-app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Run the ablations of a paper and see, from recorded runs, which of its claims came back.",
-)
+app = typer.Typer(cls=Commands, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 console = Console(width=None if sys.stdout.isatty() else 140)  # a pipe has no width of its own
 
 Words = Annotated[
     list[str],
     typer.Argument(
-        help="Targets (a paper, paper/ablation, paper/main) and Hydra overrides: scale=smoke seed=0,1",
+        metavar="TARGET|KEY=VALUE",
+        help="Targets: PAPER, PAPER/ABLATION, PAPER/ABLATION/ARM or PAPER/main (the base alone). Overrides: any key of "
+        "the config, as in scale=smoke, hardware=gpu1, seed=0,1",
         show_default=False,
+        autocompletion=complete_words,
     ),
 ]
-
-
 Slugs = Annotated[
     list[str] | None,
-    typer.Argument(help="Papers; none: all of them", metavar="[PAPER]...", show_default=False),
+    typer.Argument(metavar="PAPER", help="None: all", show_default=False, autocompletion=complete_papers),
 ]
+
+
+@app.callback(invoke_without_command=True, epilog=teach(""))
+def retrace(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and the commit, and end")] = False,
+) -> None:
+    """Run the ablations of a paper and see, from recorded runs, which of its claims came back."""
+    if version:
+        from retrace.core.provenance import code, packages
+
+        console.print(f"retrace {packages().get('retrace', 'from source')}, commit {code()['git']}", highlight=False)
+    elif context.invoked_subcommand is None:
+        console.print(context.get_help(), highlight=False, markup=False)
 
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
     """Targets and overrides of a command line; raises ValueError without a target."""
     targets = [word for word in words if "=" not in word and not word.startswith(("+", "~"))]
+    for word in {"scale", "hardware", "tracking", "seed"} & set(targets):
+        raise ValueError(f"{word}: a key without a value; write {word}=VALUE, without spaces around =")
     if not targets:
         raise ValueError(f"no target given: name a paper ({', '.join(papers())}) or paper/ablation; see `retrace list`")
     return targets, [word for word in words if word not in targets]
 
 
-@app.command("list")
+@app.command("list", epilog=teach("list"))
 def list_(slugs: Slugs = None) -> None:
     """Show papers with their ablations and arms."""
     from retrace.core.plan import load_ablations
@@ -105,7 +81,7 @@ def list_(slugs: Slugs = None) -> None:
         console.print(table)
 
 
-@app.command()
+@app.command(epilog=teach("plan"))
 def plan(words: Words) -> None:
     """Show the runs that a command would need, with what each costs, and start nothing."""
     from retrace.core import plan as planning
@@ -116,75 +92,42 @@ def plan(words: Words) -> None:
     print_plan(planning.plan(targets, overrides), store=Store(), console=console)
 
 
-@app.command()
+@app.command(epilog=teach("run"))
 def run(
     words: Words,
     allow_dirty: Annotated[
         bool, typer.Option("--allow-dirty", help="On Slurm: submit uncommitted code, and keep its diff in the records")
     ] = False,
 ) -> None:
-    """Start, resume, or do nothing where nothing is left; the same command serves for all three."""
+    """Start runs, go on with them, or do nothing where nothing is left: one command for all three.
+
+    Ctrl-C, a kill or a power cut costs the steps since the last checkpoint. Finished runs are never run again.
+    """
     from retrace.core import plan as planning
+    from retrace.core.sweep import submit, sweep
 
     targets, overrides = split(words)
     specs = planning.plan(targets, overrides, check=True)
     places = {spec.hardware.name: spec.hardware.slurm is not None for spec in specs}
     if len(set(places.values())) > 1:
         raise ValueError(f"hardware={','.join(places)}: some on Slurm and some here; give them in two commands")
-    raise typer.Exit(submit(specs, allow_dirty=allow_dirty) if any(places.values()) else sweep(specs))
-
-
-def submit(specs: list[RunSpec], *, allow_dirty: bool) -> int:
-    """Put runs into Slurm's queue; exit code 0, or 1 when some can't be tried."""
-    from retrace.core.slurm import Slurm
-    from retrace.core.store import Store
-
-    summary = Slurm(Store(), command=shlex.join(["retrace", *sys.argv[1:]]), allow_dirty=allow_dirty).run(specs)
-    jobs = list(dict.fromkeys(summary.queued.values()))
-    finished = len(specs) - len(summary.queued) - len(summary.skipped)
-    counts = f"{len(specs)} runs: {finished} finished before, {len(summary.queued)} in the queue"
-    counts += (
-        f" as {len(jobs)} jobs, {jobs[0]} to {jobs[-1]}" if len(jobs) > 1 else f" as job {jobs[0]}" if jobs else ""
-    )
-    counts += f", {len(summary.skipped)} not tried because they build on diverged ones" if summary.skipped else ""
-    console.print(counts, highlight=False, soft_wrap=True)
-    if jobs:
-        console.print("follow them with `retrace status --watch`, stop them with `retrace cancel`", highlight=False)
-    return 1 if summary.skipped else 0
-
-
-def sweep(specs: list[RunSpec]) -> int:
-    """Carry out runs on this machine; exit code 0, or 1 when some failed or were stopped."""
-    from retrace.core import planview
-    from retrace.core.launch import Local
-    from retrace.core.progress import SweepProgress
-    from retrace.core.store import Store
-    from retrace.core.units import duration
-
-    store = Store()
     command = shlex.join(["retrace", *sys.argv[1:]])
-    expected = planview.expected_seconds(specs, store=store)
-    with SweepProgress(specs, store=store, console=console, expected=expected) as progress:
-        try:
-            summary = Local(store, command=command, on_change=progress.on_change).run(specs)
-        except KeyboardInterrupt:
-            console.print("stopped; every run keeps its last checkpoint, and the same command goes on from there")
-            return 130
-    finished = len(specs) - len(summary.failed) - len(summary.skipped) - len(summary.stopped)
-    counts = f"{finished} of {len(specs)} runs finished"
-    counts += f", {len(summary.diverged)} of them diverged" if summary.diverged else ""
-    counts += f", {len(summary.stopped)} stopped (the same command goes on)" if summary.stopped else ""
-    counts += f", {len(summary.failed)} failed" if summary.failed else ""
-    counts += f", {len(summary.skipped)} not tried because they build on those" if summary.skipped else ""
-    console.print(f"{counts}; {duration(progress.seconds)} here", highlight=False, soft_wrap=True)
-    for run_id, reason in summary.failed.items():
-        console.print(f"  {run_id}: {reason}", highlight=False, markup=False, soft_wrap=True)
-    return 1 if summary.failed or summary.stopped else 0
+    if any(places.values()):
+        raise typer.Exit(submit(specs, command=command, allow_dirty=allow_dirty, console=console))
+    raise typer.Exit(sweep(specs, command=command, console=console))
 
 
-@app.command()
+@app.command(epilog=teach("status"))
 def status(
-    words: Annotated[list[str] | None, typer.Argument(help="As for `run`; nothing: all runs on disk")] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TARGET|KEY=VALUE",
+            help="As for `run`; none: all runs on disk",
+            show_default=False,
+            autocompletion=complete_words,
+        ),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Again and again, until nothing runs or is queued")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --watch")] = 5.0,
 ) -> None:
@@ -200,10 +143,16 @@ def status(
         statusview.print_status(specs, store=Store(), console=console)
 
 
-@app.command()
+@app.command(epilog=teach("cancel"))
 def cancel(
     words: Annotated[
-        list[str], typer.Argument(help="Ids of runs, starts of ids, labels, or targets with overrides as for `run`")
+        list[str],
+        typer.Argument(
+            metavar="RUN|TARGET|KEY=VALUE",
+            help="Ids of runs, starts of ids, labels, or targets with overrides as for `run`",
+            show_default=False,
+            autocompletion=complete_words,
+        ),
     ],
 ) -> None:
     """Take the Slurm jobs of runs out of the queue; what runs saves first, and `run` goes on from there."""
@@ -220,24 +169,30 @@ def cancel(
     console.print(f"{len(chosen)} runs: {cancelled} cancelled, {len(chosen) - len(told)} finished", highlight=False)
 
 
-@app.command()
+@app.command(epilog=teach("report"))
 def report(
-    slugs: Annotated[
-        list[str] | None,
-        typer.Argument(help="Papers; none: all that have records", metavar="[PAPER]...", show_default=False),
-    ] = None,
-    scale: Annotated[str, typer.Option(help="Judge the records of this scale")] = "laptop",
+    slugs: Slugs = None,
+    scale: Annotated[
+        str, typer.Option(metavar="SCALE", help="Judge the records of this scale", autocompletion=complete_scales)
+    ] = "laptop",
 ) -> None:
-    """Judge every claim from the records, print the verdicts, and write REPORT.md, index.html and the overview."""
+    """Judge every claim from the records, print the verdicts, and write REPORT.md, index.html and the overview.
+
+    Starts no run and needs none on disk: the records in results/ are enough.
+    """
     from retrace.core import results
     from retrace.core.store import Store
 
+    for slug in slugs or ():
+        if "=" in slug or "/" in slug:
+            raise ValueError(f"{slug}: `report` takes papers and --scale, as in retrace report quietstar --scale gpu")
+        load_paper(slug)
     for slug in slugs or [slug for slug in papers() if Store().records(slug)]:
         results.report(slug, scale=scale, store=Store(), console=console)
     results.overview(store=Store(), console=console)
 
 
-@app.command()
+@app.command(epilog=teach("doctor"))
 def doctor() -> None:
     """Say what this machine has, what is missing, and how to get it."""
     from retrace.core.doctor import print_checks
@@ -253,11 +208,14 @@ def main() -> None:
     redact_tracebacks()
     deny_others()
     try:
-        app()
-    except (ValueError, OSError) as error:
+        sys.exit(app(prog_name="retrace", standalone_mode=False))
+    except typer.Abort:
+        sys.exit(130)
+    except (ValueError, OSError, WrongUsage) as error:
         if os.environ.get("RETRACE_TRACEBACK"):
             raise
-        Console(stderr=True).print(f"[red]error:[/] {escape(redact(str(error)))}", highlight=False, soft_wrap=True)
+        text = explain_usage(error) if isinstance(error, WrongUsage) else str(error)
+        Console(stderr=True).print(f"[red]error:[/] {escape(redact(text))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
