@@ -164,7 +164,7 @@ def test_thoughts_and_their_noise_change_the_numbers(folder: Path) -> None:
 def test_wrong_arguments_are_one_sentence(folder: Path) -> None:
     for arguments, message in (
         ({"pretrained": "x", "thinks": True}, "--model_args: thinks: no such key; did you mean 'think'?"),
-        ({}, "--model_args: pretrained: field required"),
+        ({}, "--model_args: no value for pretrained"),
         ({"pretrained": "x", "dtype": "int8"}, "--model_args: dtype='int8': input should be 'auto', 'float32'"),
         ({"pretrained": str(folder / "nowhere")}, "nowhere: no such folder"),
     ):

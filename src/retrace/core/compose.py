@@ -27,10 +27,12 @@ def parse(text: str) -> Override:
     """One override in Hydra's grammar; raises ValueError for what does not parse, and for adding or removing keys."""
     if text.startswith(("+", "~")):
         raise ValueError(f"{text}: keys can't be added or removed, only set; write {text.lstrip('+~')}")
+    if text.startswith("="):
+        raise ValueError(f"{text}: no key before =; write key=value, without spaces around =, as in seed=0,1,2")
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(" expecting ")[0].replace("'<EOF>'", "end")
         raise ValueError(f"{text!r} is not an override: {reason}; write key=value, as in seed=0,1,2") from None
 
 
@@ -107,8 +109,18 @@ def _set(tree: DictConfig, text: str) -> None:
     except OmegaConfBaseException as error:
         known = list(_leaves(OmegaConf.to_container(tree)))
         if key not in known:
-            raise ValueError(f"{text}: no such key{suggest(key, known)}") from None
+            raise ValueError(f"{text}: no such key{_nearest(key, known)}") from None
         raise ValueError(f"{text}: {_one_line(error)}") from None
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """The key that was meant, perhaps, or else those beside it: all keys of a paper would fill the screen."""
+    parent = key.rpartition(".")[0]
+    while parent and parent not in known:
+        parent = parent.rpartition(".")[0]
+    beside = [name for name in known if name.rpartition(".")[0] == parent]
+    hint = suggest(key, known)
+    return hint if "did you mean" in hint else suggest(key, beside)
 
 
 def _one_line(error: Exception) -> str:

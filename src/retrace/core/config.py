@@ -156,15 +156,33 @@ def validate(schema: type[C], values: Mapping[str, Any], *, source: str) -> C:
     try:
         return schema.model_validate_json(text)
     except ValidationError as error:
-        lines = [_explain(e, schema, values) for e in error.errors()]
+        found = error.errors()
+        absent = [".".join(_path(e["loc"], values)) for e in found if e["type"] == "missing"]
+        inside = {e["loc"][:-1] for e in found}  # a list with a wrong item is also said to be too short
+        lines = [f"no value for {', '.join(absent)}"] if absent else []
+        for e in found:
+            if e["type"] != "missing" and not (e["type"] == "too_short" and e["loc"] in inside):
+                lines.append(_explain(e, schema, values))
         raise ValueError(f"{source}: " + "; ".join(lines)) from None
+
+
+_EXPECTED = {  # in the words of YAML, where pydantic's are those of JSON
+    **dict.fromkeys(("list_type", "tuple_type"), "expected a list, as in [a,b] or [a]"),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "expected keys with values; set one of them"),
+    "string_type": "expected text",
+    "too_short": "expected one or more",
+}
 
 
 def _explain(error: Any, schema: type[BaseModel], values: Mapping[str, Any]) -> str:
     key = ".".join(_path(error["loc"], values))
     if error["type"] == "extra_forbidden":
         return f"{key}: no such key{suggest(key, list(_keys(schema)))}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = _EXPECTED.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_pattern_mismatch":
+        message = f"expected the form {error['ctx']['pattern']} (a regular expression)"
+    if error["type"] == "literal_error" and isinstance(error["input"], bool):
+        message += "; in a file, put on, off, yes and no in quotes"
     shown = "" if isinstance(error["input"], dict) else f"={error['input']!r}"
     return f"{key}{shown}: {message[:1].lower()}{message[1:]}" if key else message
 
@@ -176,7 +194,7 @@ def _path(loc: Sequence[str | int], values: Any) -> Iterator[str]:
             continue
         yield str(part)
         inside = (isinstance(values, Mapping) and part in values) or (
-            isinstance(values, Sequence) and isinstance(part, int)
+            isinstance(values, list) and isinstance(part, int) and part < len(values)
         )
         values = values[part] if inside else None
 
@@ -259,12 +277,25 @@ def configs_of(slug: str) -> Path:
     return CONFIGS / slug if folder is None else folder / "configs"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a dict, or a ValueError that names the file and the place."""
+def parse_yaml(path: Path) -> Any:
+    """What a YAML file holds, or a ValueError that names the file, the line and what is wrong there."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        hint = {
+            "found character '\\t' that cannot start any token": "; indent with spaces, not with a tab",
+            "mapping values are not allowed here": '; put a text that holds ": " in quotes',
+        }.get(str(error.problem), "")
+        raise ValueError(f"{path}{line}: not readable as YAML: {error.problem}{hint}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a dict, or a ValueError that names the file and the place."""
+    tree = parse_yaml(path)
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected keys and values, found {type(tree).__name__}")
+        raise ValueError(f"{path}: expected keys and values, found {'nothing' if tree is None else repr(tree)[:60]}")
     return tree

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 
-from retrace.core.config import Hardware, Tracking, data_root, papers, read_yaml, validate
-from retrace.core.plan import load_ablations
-from retrace.core.provenance import processor
+from retrace.core import provenance, squeue
+from retrace.core.config import Hardware, Tracking, configs_of, data_root, papers, read_yaml, validate
+from retrace.core.plan import load_ablations, plan
 from retrace.core.tracking import wandb_mode
 
 NEEDED_GIB = 1.0
+WORKER_GIB = 0.7  # what a process takes before it has a model
 REQUIRED = (
     "torch",
     "transformers",
@@ -29,21 +32,46 @@ REQUIRED = (
     "submitit",
     "wandb",
 )
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 Check = tuple[bool | None, str, str]  # fine / not fine / optional and absent; what; how to get it
 
 
 def print_checks(console: Console, *, home: Path, configs: Path) -> int:
-    """Print every check; exit code 1 if something that is needed is missing."""
+    """Print every check as it is made; exit code 1 if something that is needed is missing."""
     wrong = 0
+    marks = {True: "[green]ok[/]     ", False: "[red]missing[/]", None: "[yellow]none[/]   "}
     for fine, what, remedy in _checks(home, configs):
-        mark = {True: "[green]ok[/]     ", False: "[red]missing[/]", None: "[yellow]none[/]   "}[fine]
-        console.print(f"{mark} {what}" + (f"\n        -> {remedy}" if remedy and not fine else ""), soft_wrap=True)
+        console.print(f"{marks[fine]} ", end="")
+        console.print(what, highlight=False, markup=False, soft_wrap=True)
+        if remedy and not fine:
+            console.print(f"        -> {remedy}", highlight=False, markup=False, soft_wrap=True)
         wrong += fine is False
+    if wrong:
+        console.print(f"{wrong} missing; 'none' is something that only some commands need")
+    else:
+        first = " ".join(papers()[:1])
+        console.print(f"all that is needed is there; try: retrace run {first} scale=smoke seed=0", highlight=False)
     return 1 if wrong else 0
 
 
 def _checks(home: Path, configs: Path) -> Iterator[Check]:
+    yield from _software()
+    yield from _machine(home)
+    yield from _data()
+    yield from _services(configs)
+    for path in sorted((configs / "hardware").glob("*.yaml")):
+        try:
+            hardware = validate(Hardware, read_yaml(path), source=str(path))
+            places = f"{hardware.device} x {hardware.processes}, {hardware.slots} runs at once"
+            yield True, f"hardware={path.stem}: {places}", ""
+        except ValueError as error:
+            yield False, f"hardware={path.stem}", str(error)
+    for slug in papers():
+        yield from _paper(slug)
+
+
+def _software() -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield sys.version_info >= (3, 11), f"Python {version}", "install Python 3.11 or newer and run `make setup`"
     for package in REQUIRED:
@@ -51,36 +79,85 @@ def _checks(home: Path, configs: Path) -> Iterator[Check]:
             yield True, f"{package} {metadata.version(package)}", ""
         except metadata.PackageNotFoundError:
             yield False, package, "run `make setup`"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield True, f"{cores} cores: {processor()}", ""
-    gpu = shutil.which("nvidia-smi") is not None
-    yield (True if gpu else None), "NVIDIA GPU", "not needed for scale=smoke and scale=laptop"
-    slurm = shutil.which("sbatch") is not None
-    yield (True if slurm else None), "Slurm", "only for hardware=slurm_...: a login node has it"
+    commit = provenance.code()["git"]
+    remedy = "records can't say which code made them: install git, and clone the repository instead of copying it"
+    yield commit is not None or None, f"git: commit {commit[:12]}" if commit else "git: no commit known", remedy
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    remedy = "only for `make test`, which looks at the reports in it: apt-get install chromium"
+    yield bool(browser) or None, f"Chromium{f': {browser}' if browser else ''}", remedy
+
+
+def _machine(home: Path) -> Iterator[Check]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield True, f"{cores} cores: {provenance.processor()}", ""
+    free, total = (value / 2**30 for value in (psutil.virtual_memory().available, psutil.virtual_memory().total))
+    runs = max(1, int(free / WORKER_GIB))
+    enough = f"a run takes {WORKER_GIB} GiB before it has a model: end other programs, or hardware.parallel_runs={runs}"
+    yield free > WORKER_GIB * cores, f"memory: {free:.1f} of {total:.1f} GiB free", enough
+    gpus = _gpus()
+    remedy = "not needed for scale=smoke and scale=laptop; hardware=gpu1, gpu8: run where `nvidia-smi` shows one"
+    yield bool(gpus) or None, f"NVIDIA GPU{': ' if gpus else ''}{', '.join(gpus)}", remedy
+    if gpus and "+cpu" in metadata.version("torch"):
+        yield False, "torch that can use the GPU", "this one is for CPUs alone: see https://pytorch.org/get-started"
     try:
         home.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(home).free / 2**30
-        yield (
-            free > NEEDED_GIB,
-            f"{free:.1f} GiB free at {home}",
-            f"free {NEEDED_GIB} GiB or set RETRACE_HOME elsewhere",
-        )
-        yield os.access(home, os.W_OK), f"{home} can be written", "set RETRACE_HOME to a folder of yours"
+        space = shutil.disk_usage(home).free / 2**30
+        remedy = f"free {NEEDED_GIB:g} GiB, or set RETRACE_HOME to a folder on another disk"
+        yield space > NEEDED_GIB, f"{space:.1f} GiB free at {home}", remedy
+        for folder in [home, *(path for name in ("runs", "results") if (path := home / name).exists())]:
+            yield os.access(folder, os.W_OK), f"{folder} can be written", "set RETRACE_HOME to a folder of yours"
     except OSError as error:
         yield False, f"{home}: {error.strerror}", "set RETRACE_HOME to a folder of yours"
+
+
+def _gpus() -> list[str]:
+    """Names and memory, as the driver tells them."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return [" ".join(line.split(",")) for line in done.stdout.splitlines()] if done.returncode == 0 else []
+
+
+def _data() -> Iterator[Check]:
     try:
-        data = data_root()
-        yield (
-            (True if data else None),
-            f"local datasets: {data or 'RETRACE_DATA is not set'}",
-            ("only for real GSM8K and CommonsenseQA: set RETRACE_DATA to a folder with gsm8k/ and commonsense_qa/"),
+        root = data_root()
+        found = sorted(path.name for path in root.iterdir()) if root else []
+        shown = (
+            f"{root}: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}" if root else "RETRACE_DATA is not set"
         )
+        remedy = "only for real text, images and test sets: set RETRACE_DATA to the folder that holds them (README)"
+        yield bool(root) or None, f"local datasets: {shown}", remedy
+    except (ValueError, OSError) as error:
+        yield False, f"local datasets: {error}", "or unset RETRACE_DATA"
+
+
+def _services(configs: Path) -> Iterator[Check]:
+    slurm = shutil.which("sbatch") is not None
+    if slurm and squeue.queue() is None:
+        yield False, "Slurm: sbatch is here and squeue does not answer", "ask `sinfo`, and whoever runs the cluster"
+    else:
+        yield slurm or None, "Slurm", "only for hardware=slurm_...: run on a login node, which has sbatch"
+    try:
+        tracking = validate(Tracking, read_yaml(configs / "tracking" / "default.yaml"), source="tracking/default.yaml")
+        mode = wandb_mode(tracking)
+        remedy = "runs are written offline: for online ones set WANDB_API_KEY, from https://wandb.ai/authorize"
+        yield mode == "online" or None, f"W&B: {mode}", remedy if mode == "offline" else "as configs or WANDB_MODE say"
     except ValueError as error:
-        yield False, str(error), ""
-    mode = wandb_mode(Tracking.model_validate(read_yaml(configs / "tracking" / "default.yaml")))
-    yield True, f"W&B: {mode}" + (" (set WANDB_API_KEY to see runs online)" if mode == "offline" else ""), ""
-    for slug in papers():
+        yield False, "W&B", str(error)
+
+
+def _paper(slug: str) -> Iterator[Check]:
+    """A paper's ablations, and at each scale what its base would find missing, such as a dataset."""
+    try:
         yield True, f"{slug}: {len(load_ablations(slug))} ablations", ""
-    for path in sorted((configs / "hardware").glob("*.yaml")):
-        hardware = validate(Hardware, read_yaml(path), source=path.name)
-        yield True, f"hardware={path.stem}: {hardware.device} x {hardware.processes}, {hardware.slots} runs at once", ""
+        scales = [path.stem for path in sorted((configs_of(slug) / "scale").glob("*.yaml"))]
+    except ValueError as error:
+        yield False, slug, str(error)
+        return
+    for scale in scales:
+        try:
+            plan([f"{slug}/main"], [f"scale={scale}"], check=True)
+            yield True, f"{slug} scale={scale}: data and models are at hand", ""
+        except ValueError as error:
+            yield (None if scale in ("gpu", "paper") else False), f"{slug} scale={scale}", str(error)

@@ -96,7 +96,8 @@ def load_paper(slug: str) -> Paper:
     try:
         module = importlib.import_module(entry.module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{slug}: {entry.module} can't be imported: {error}; install what is missing") from error
+        hint = "write or install it (docs/add-a-paper.md)" if error.name == entry.module else "install what is missing"
+        raise ValueError(f"{slug}: {entry.module} can't be imported: {error}; {hint}") from error
     paper = getattr(module, entry.attr, None)
     if not isinstance(paper, Paper) or paper.slug != slug:
         raise ValueError(f"{slug}: {entry.value} is {paper!r:.60}; expected a Paper with slug='{slug}'")

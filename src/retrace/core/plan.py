@@ -27,6 +27,7 @@ from retrace.core.config import (
     Scale,
     Tracking,
     configs_of,
+    papers,
     read_yaml,
     suggest,
     validate,
@@ -93,9 +94,7 @@ def load_ablation(path: Path) -> Ablation:
 
 def resolve(target: str) -> list[Ablation]:
     """The ablations that a target of the command line names; `<paper>/main` is an ablation of one arm."""
-    slug, _, rest = target.partition("/")
-    name, _, arm = rest.partition("/")
-    load_paper(slug)
+    slug, name, arm = _parts(target)
     if name == "main" and not arm:
         seed = compose(slug, [])["seed"]
         arms: dict[str, tuple[str, ...]] = {"main": ()}
@@ -106,6 +105,24 @@ def resolve(target: str) -> list[Ablation]:
     if name not in ablations:
         raise ValueError(f"{target}: no such ablation{suggest(name, ['main', *ablations], what='ablations')}")
     return [ablations[name] if not arm else _one_arm(ablations[name], arm, target)]
+
+
+def _parts(target: str) -> tuple[str, str, str]:
+    """Paper, ablation and arm, "" where a target has none. Raises ValueError for what names no paper."""
+    slug, *names = target.removesuffix("/").split("/")
+    if slug not in papers():
+        files = [configs_of(paper) / "ablations" / f"{slug}.yaml" for paper in papers()]
+        under = [f"{paper}/{slug}" for paper, path in zip(papers(), files, strict=True) if path.is_file()]
+        hint = f"; did you mean '{under[0]}'?" if under else suggest(slug, papers(), what="papers")
+        raise ValueError(f"{target}: no such paper{hint}")
+    load_paper(slug)
+    if len(names) == 3 and names[2].removeprefix("s").isdigit():
+        arm = "/".join([slug, *names[:2]])
+        raise ValueError(f"{target}: the label of a run; as a target it is {arm} seed={names[2].removeprefix('s')}")
+    if len(names) > 2 or not all(names):
+        raise ValueError(f"{target}: expected paper, paper/ablation or paper/ablation/arm")
+    name, arm, *_ = *names, "", ""
+    return slug, name, arm
 
 
 def _one_arm(ablation: Ablation, arm: str, target: str) -> Ablation:
@@ -124,7 +141,7 @@ def plan(targets: Sequence[str], overrides: Sequence[str] = (), *, check: bool =
     sweep = expand_sweep(overrides)
     specs: dict[str, RunSpec] = {}
     for target in targets:
-        slug, _, name = target.partition("/")
+        slug, name, _ = _parts(target)
         paper = load_paper(slug)
         for ablation in resolve(target):
             for arm, seed, lines in _arms(ablation, sweep):
@@ -139,6 +156,10 @@ def plan(targets: Sequence[str], overrides: Sequence[str] = (), *, check: bool =
                     known = specs.get(spec.id)
                     labels = known.labels + spec.labels if known else spec.labels
                     specs[spec.id] = dataclasses.replace(spec, labels=tuple(dict.fromkeys(labels)))
+    if not specs:
+        raise ValueError(
+            f"{' '.join(targets)}: nothing to run: {' '.join(overrides)} is asked by none of the ablations"
+        )
     return list(specs.values())
 
 
@@ -185,7 +206,13 @@ def _scale(ablation: Ablation, overrides: Iterable[str]) -> str:
 def _scale_of(base: str, overrides: tuple[str, ...]) -> str:
     """It is asked for every arm and seed, and composing takes ten milliseconds."""
     slug, _, name = base.partition("/")
-    return str(compose(slug, list(overrides), name=name)["scale"])
+    scale = compose(slug, list(overrides), name=name).get("scale")
+    if scale not in SCALES:
+        raise ValueError(
+            f"{base}: scale={scale!r}: expected one of {', '.join(SCALES)}; a file of scale/ begins with the line "
+            "'# @package _global_' and has a line such as 'scale: laptop'"
+        )
+    return str(scale)
 
 
 def _compose(paper: Paper, ablation: Ablation, overrides: Iterable[str]) -> Experiment:
