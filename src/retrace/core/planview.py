@@ -58,10 +58,7 @@ def print_plan(specs: Sequence[RunSpec], *, store: Store, console: Console) -> N
         numbers = [si(cost.tokens), si(cost.flops), _shown_time(time)]
         numbers += [_gpu_hours([seconds], spec.hardware)] if on_gpu else []
         table.add_row(spec.id, escape(label), shown(state), *numbers, _shown_memory(cost, spec.hardware))
-    if console.is_terminal:
-        console.print(table)
-    else:
-        Console(file=console.file, width=200).print(table)
+    console.print(table)
     wall = duration(makespan(todo, hardware.slots))
     hours = f", {_gpu_hours(todo, hardware)} GPU-hours" if on_gpu else ""
     console.print(

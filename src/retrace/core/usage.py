@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import sys
 from typing import Any
 
 import typer
+from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from retrace.core.paper import Command, paper_commands
 
 WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, or that of typer's own copy of click
 
+PIPE_WIDTH = 200
 _EXAMPLES = {
     "": """
         retrace doctor                            # what this machine has and lacks
@@ -65,6 +70,18 @@ _EXIT_CODES = {
 }
 
 
+class Output(Console):
+    """Standard output. A pipe has no width of its own; a reader that goes away, such as `head`, ends the command."""
+
+    def __init__(self) -> None:
+        super().__init__(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+    def on_broken_pipe(self) -> None:
+        """Quietly, with the exit code that a shell gives for it."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE)
+
+
 def teach(command: str) -> str:
     """The end of a command's `--help`; typer keeps the lines of a paragraph that begins with a backspace."""
     examples = "\n".join(line.strip() for line in _EXAMPLES[command].strip().splitlines())
@@ -105,9 +122,10 @@ class Commands(TyperGroup):
 
 def explain_usage(error: Exception) -> str:
     """What was wrong and where to read how it is done; a key written as an option is told how to write it."""
-    message = getattr(error, "format_message")().rstrip(".?")  # noqa: B009  # of a class that only typer knows
+    message = getattr(error, "format_message")().rstrip(".")  # noqa: B009  # of a class that only typer knows
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "retrace"
     key = re.search(r"No such option:? '?--?([a-z_.]+)", message)
     hint = f"a key of the config is written {key[1]}=VALUE, without dashes; " if key and command != "retrace" else ""
-    return f"{command}: {message[:1].lower()}{message[1:]}; {hint}see `{command} --help`"
+    end = "" if message.endswith("?") else ";"
+    return f"{command}: {message[:1].lower()}{message[1:]}{end} {hint}see `{command} --help`"
