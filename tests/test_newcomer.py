@@ -6,15 +6,37 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from conftest import TINY, Run
 
+from retrace.cli import main
 from retrace.core.claims import load_claims
 from retrace.core.config import CONFIGS
 from retrace.core.plan import load_ablation, plan
 from retrace.core.usage import teach
+
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Said]:
+    """The command line within this process: (exit code, stdout, stderr). A process for each would take minutes."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main changes it, and the umask
+    before = os.umask(0o077)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["retrace", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        shown = capsys.readouterr()
+        return int(end.value.code or 0), shown.out, shown.err
+
+    yield call
+    os.umask(before)
+
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # all but tab and newline
 
@@ -45,19 +67,19 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # all but tab and newline
         ("quietstar/thoughts seed=0,", "is not an override: mismatched input end; write key=value"),
         ("deepscalelm/trainability method.name=zz", "method='zz': no such method; the methods are: "),
         ("quietstar hardware=laptop", "hardware=laptop: no such hardware for quietstar; there are: cpu, gpu1, gpu8"),
-        ("quietstar tracking.wandb=true", "tracking.wandb=True: input should be 'auto', 'online', 'offline' or 'off'; "),
+        (
+            "quietstar tracking.wandb=true",
+            "tracking.wandb=True: input should be 'auto', ",
+        ),
     ],
 )
-def test_a_wrong_command_is_one_sentence_and_starts_nothing(
-    words: str, expected: str, retrace: Run, home: Path
-) -> None:
-    done = retrace("run", *words.split())
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert expected in done.stderr
-    assert not (home / "runs").exists()
-    assert len(done.stderr) < 600, "a screenful is no sentence"
+def test_a_wrong_command_is_one_sentence_and_starts_nothing(words: str, expected: str, said: Said) -> None:
+    code, out, error = said("run", *words.split())
+    assert (code, out) == (2, "")
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert expected in error
+    assert len(error) < 600, "a screenful is no sentence"
 
 
 @pytest.mark.parametrize(
@@ -80,11 +102,11 @@ def test_a_wrong_command_is_one_sentence_and_starts_nothing(
         (["cancel"], "retrace cancel: missing argument 'RUN|TARGET|KEY=VALUE'; see `retrace cancel --help`"),
     ],
 )
-def test_every_command_says_what_is_wrong_in_one_sentence(command: list[str], expected: str, retrace: Run) -> None:
-    done = retrace(*command)
-    assert done.returncode == 2
-    assert f"error: {expected}" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_every_command_says_what_is_wrong_in_one_sentence(command: list[str], expected: str, said: Said) -> None:
+    code, out, error = said(*command)
+    assert (code, out) == (2, "")
+    assert f"error: {expected}" in error
+    assert error.count("\n") == 1
 
 
 ABLATION = "question: Q\nlocus: ours\nbase: quietstar/main\nseeds: [0, 1, 2]\nbaseline: one\narms:\n  one: []\n"
@@ -158,8 +180,9 @@ def test_a_scale_without_its_first_line_is_told_so(retrace: Run, tmp_path: Path)
 
 
 @pytest.mark.parametrize("command", ["", "list", "plan", "run", "status", "cancel", "report", "doctor"])
-def test_help_teaches_by_examples_that_work(command: str, retrace: Run) -> None:
-    shown = retrace(*command.split(), "--help").stdout
+def test_help_teaches_by_examples_that_work(command: str, said: Said) -> None:
+    code, shown, _ = said(*command.split(), "--help")
+    assert code == 0
     assert "Examples" in shown
     assert "Exit codes: 0" in shown
     for line in teach(command).splitlines():
@@ -169,7 +192,8 @@ def test_help_teaches_by_examples_that_work(command: str, retrace: Run) -> None:
             asked = re.findall(r'"[^"]*"|\S+', example.removeprefix("retrace "))
             if asked[0] in ("plan", "run"):
                 targets = [word for word in asked[1:] if "=" not in word]
-                assert plan(targets, [word.strip('"') for word in asked[1:] if "=" in word])
+                overrides = [word.strip('"') for word in asked[1:] if "=" in word]
+                assert plan(targets, overrides if "seed=" in example else [*overrides, "seed=0"])
 
 
 @pytest.mark.parametrize(
@@ -182,15 +206,13 @@ def test_a_pipe_gets_plain_lines(command: list[str], retrace: Run) -> None:
 
 
 def test_a_sweep_into_a_pipe_is_plain_lines_with_an_eta(retrace: Run) -> None:
-    done = retrace("run", "deepscalelm/moments_pre", "scale=smoke", "seed=0", "tracking.wandb=off")
+    done = retrace("run", "deepscalelm/moments_pre/vanilla_12", *TINY, "seed=0,1")
     assert done.returncode == 0, done.stderr
     assert not CONTROL.search(done.stdout + done.stderr)
     assert "sweep ETA" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["list", "plan quietstar", "run deepscalelm/moments_pre scale=smoke seed=0 tracking.wandb=off"]
-)
+@pytest.mark.parametrize("command", ["list", "run deepscalelm/moments_pre/vanilla_12 scale=smoke tracking.wandb=off"])
 def test_a_reader_that_goes_away_ends_a_command_quietly(command: str, home: Path) -> None:
     script = f'"{sys.executable}" -m retrace.cli {command} | head -n 1; echo "${{PIPESTATUS[0]}}"'
     done = subprocess.run(
@@ -205,7 +227,7 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(command: str, home: Path
 
 
 def test_no_color_is_heeded_on_a_terminal(home: Path) -> None:
-    script = f"script -qec '\"{sys.executable}\" -m retrace.cli doctor' /dev/null"
+    script = f"script -qec '\"{sys.executable}\" -m retrace.cli list mm2' /dev/null"
     for more, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
         environment = {**os.environ, "RETRACE_HOME": str(home), "TERM": "xterm", **more}
         environment = {k: v for k, v in environment.items() if k != "NO_COLOR" or more}
