@@ -1,52 +1,105 @@
-"""Write the verdict tables into README.md from the committed records: `python scripts/readme_verdicts.py [--check]`.
+"""Write what came out into README.md and docs/ from the records: `python scripts/readme_verdicts.py [--check]`.
 
-A table stands between `<!-- verdicts of PAPER at SCALE: ... -->` and `<!-- end of verdicts -->`.
+A table of verdicts stands between `<!-- verdicts of PAPER at SCALE: ... -->` and `<!-- end of verdicts -->`; with `by
+ablation` behind SCALE, one for each ablation, with its figures. A paper without records says so there.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from retrace.core.claims import load_claims
-from retrace.core.config import CONFIGS
-from retrace.core.reportview import view_verdict
+from retrace.core.claims import load_claims, load_words
+from retrace.core.config import configs_of
+from retrace.core.plan import load_ablations
+from retrace.core.reportview import summary, view_verdict
 from retrace.core.results import planned_runs
 from retrace.core.store import Store
-from retrace.core.verdicts import judge_all
+from retrace.core.verdicts import JUDGED, Verdict, judge_all
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"(<!-- verdicts of (\w+) at (\w+): [^\n]*-->\n).*?(<!-- end of verdicts -->)", re.DOTALL)
-SHOWN = ("reproduced", "direction only", "contradicted", "inconclusive")
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACE = re.compile(
+    r"(<!-- verdicts of (\w+) at (\w+)( by ablation)?: [^\n]*-->\n).*?(<!-- end of verdicts -->)", re.DOTALL
+)
 
 
-def table(slug: str, scale: str) -> str:
-    """The judged claims of a paper as a Markdown table."""
+def verdicts_of(slug: str, scale: str) -> tuple[Verdict, ...]:
+    """Of every claim of a paper, at one scale."""
     store = Store(ROOT)
-    claims = load_claims(CONFIGS / slug / "claims.yaml")
-    verdicts = judge_all(claims, store.records(slug), scale=scale, planned=planned_runs(slug, scale=scale, store=store))
-    lines = ["| claim, in our words | difference here, 95 % interval | seeds | verdict |", "|---|---|---|---|"]
+    claims = load_claims(configs_of(slug) / "claims.yaml")
+    return judge_all(claims, store.records(slug), scale=scale, planned=planned_runs(slug, scale=scale, store=store))
+
+
+def table(verdicts: list[Verdict], *, paper: bool) -> Iterator[str]:
+    """Judged claims as a Markdown table, with what the paper prints where that is asked for."""
+    yield f"| claim, in our words |{' the paper |' * paper} difference here, 95 % interval | seeds | verdict |"
+    yield f"|---|{'---|' * paper}---|---|---|"
     for verdict in verdicts:
-        if verdict.outcome in SHOWN:
-            shown = view_verdict(verdict).shown
-            found = f"{shown.mean} {shown.interval}"
-            lines.append(f"| {verdict.claim.says} | {found} | {len(verdict.seeds)} | **{verdict.outcome}** |")
-    return "\n".join(lines)
+        shown, claim = view_verdict(verdict).shown, verdict.claim
+        printed = f" {(claim.paper or 'prints no number').replace('|', '/')} |" * paper
+        found = f"{shown.mean} {shown.interval}"
+        yield f"| {claim.says} |{printed} {found} | {len(verdict.seeds)} | **{verdict.outcome}** |"
+
+
+def by_ablation(slug: str, scale: str, verdicts: list[Verdict]) -> Iterator[str]:
+    """The question of each ablation, its judged claims, and the figures of what they compare."""
+    words = load_words(configs_of(slug) / "metrics.yaml")
+    ablations = load_ablations(slug)
+    for name in dict.fromkeys(verdict.claim.ablation for verdict in verdicts):  # the claims are in the paper's order
+        ablation = ablations[name]
+        own = [verdict for verdict in verdicts if verdict.claim.ablation == name]
+        yield from (f"### {ablation.question}", "")
+        yield f"{ablation.locus}; arms: {', '.join(ablation.arms)}. `retrace run {slug}/{name} scale={scale}`"
+        yield from ("", *table(own, paper=True), "")
+        metrics = dict.fromkeys(metric for verdict in own for _, metric in verdict.claim.cells)
+        for title, file in figures(slug, name, {metric: words.get(metric, metric) for metric in metrics}):
+            yield f"![{title[:1].upper()}{title[1:]}: every run by arm](../results/{slug}/figures/{file.name})"
+        yield ""
+
+
+def figures(slug: str, ablation: str, metrics: dict[str, str]) -> Iterator[tuple[str, Path]]:
+    """(title, file) of the metrics that were drawn, or else of the profiles over depth, the first part of each."""
+    folder, found = ROOT / "results" / slug / "figures", False
+    for metric, title in metrics.items():
+        file = folder / f"{ablation}--{re.sub(r'[^A-Za-z0-9_.]', '-', metric)}.svg"
+        if file.is_file():
+            found = True
+            yield title, file
+    if not found:
+        for file in sorted(folder.glob(f"{ablation}--profile--*.svg")):
+            if not file.stem.endswith("--agreement") and not re.search(r"--[2-9]$", file.stem):
+                yield re.sub(r"-+", " ", file.stem.split("--")[2]), file
+
+
+def section(slug: str, scale: str, *, ablations: bool) -> str:
+    """What stands at one place."""
+    found = verdicts_of(slug, scale)
+    judged = [verdict for verdict in found if verdict.outcome in JUDGED]
+    if not judged:
+        return f"No run of scale {scale} is on record yet: `make reproduce-{slug} SCALE={scale}`."
+    if not ablations:
+        return "\n".join(table(judged, paper=False))
+    report = f"[the report](../results/{slug}/REPORT.md)"
+    lines = [f"{summary(found, scale=scale)} Every sample, the curves and the commands: {report}.", ""]
+    return "\n".join([*lines, *by_ablation(slug, scale, judged)]).rstrip()
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    new = PLACE.sub(lambda found: f"{found[1]}{table(found[2], found[3])}\n{found[4]}", text)
-    if "--check" in sys.argv:
+    stale = []
+    for path in FILES:
+        text = path.read_text()
+        new = PLACE.sub(lambda m: f"{m[1]}{section(m[2], m[3], ablations=bool(m[4]))}\n{m[5]}", text)
         if new != text:
-            print(
-                "README.md does not show what the records say: run python scripts/readme_verdicts.py", file=sys.stderr
-            )
-            return 1
-        return 0
-    readme.write_text(new)
+            stale.append(str(path.relative_to(ROOT)))
+            if "--check" not in sys.argv:
+                path.write_text(new)
+    if stale and "--check" in sys.argv:
+        names = " and ".join(stale)
+        print(f"{names}: not what the records say: run python scripts/readme_verdicts.py", file=sys.stderr)
+        return 1
     return 0
 
 

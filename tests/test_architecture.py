@@ -20,7 +20,7 @@ LAYER_0 = {
     "core.planview", "core.profiles", "core.progress", "core.provenance", "core.record", "core.report",
     "core.reportfigures", "core.reportruns", "core.reportview", "core.results", "core.samplefigure", "core.samples",
     "core.scales", "core.slurm", "core.snapshot", "core.squeue", "core.stats", "core.statusview", "core.store",
-    "core.svg", "core.sweep", "core.tasks", "core.texts", "core.units", "core.usage", "core.verdictfigures", "core.verdicts",
+    "core.svg", "core.sweep", "core.tasks", "core.texts", "core.units", "core.verdictfigures", "core.verdicts", "usage",
 }  # fmt: skip
 HOMES = {
     "hydra": ("core.compose",), "wandb": ("core.tracking",), "lm_eval": ("core.evaluate", "plugin"),

@@ -16,7 +16,7 @@ from retrace.cli import main
 from retrace.core.claims import load_claims
 from retrace.core.config import CONFIGS
 from retrace.core.plan import load_ablation, plan
-from retrace.core.usage import teach
+from retrace.usage import teach
 
 Said = Callable[..., tuple[int, str, str]]
 

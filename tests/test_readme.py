@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import Run
+
+from retrace.core.config import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_verdicts_in_the_readme_are_those_of_the_records() -> None:
+@pytest.mark.parametrize("slug", sorted(path.parent.name for path in CONFIGS.glob("*/main.yaml")))
+def test_every_paper_has_a_page_that_says_the_four_things(slug: str) -> None:
+    text = (ROOT / "docs" / f"{slug}.md").read_text()
+    for heading in ("What the paper claims", "What came out", "What was changed, and why", "What could not be known"):
+        assert f"\n## {heading}" in text
+    assert f"<!-- verdicts of {slug} at laptop by ablation:" in text
+
+
+def test_a_document_that_has_gone_stale_is_found(tmp_path: Path) -> None:
+    """The check is what keeps the verdicts true, so it must be able to fail."""
+    for name in ("README.md", "docs", "scripts", "results"):
+        source, target = ROOT / name, tmp_path / name
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    document = tmp_path / "docs" / "quietstar.md"
+    document.write_text(document.read_text().replace("**contradicted**", "**reproduced**", 1))
+    done = subprocess.run(
+        [sys.executable, "scripts/readme_verdicts.py", "--check"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.partition(":")[0]) == (1, "docs/quietstar.md")
+
+
+def test_the_verdicts_in_the_documents_are_those_of_the_records() -> None:
     done = subprocess.run(
         [sys.executable, "scripts/readme_verdicts.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )

@@ -20,7 +20,7 @@ from retrace.core.completion import complete_papers, complete_scales, complete_w
 from retrace.core.config import CONFIGS, HOME, papers
 from retrace.core.paper import load_paper
 from retrace.core.safety import RedactingFormatter, deny_others, redact, redact_tracebacks
-from retrace.core.usage import Commands, Output, WrongUsage, explain_usage, teach
+from retrace.usage import Commands, Output, WrongUsage, explain_usage, teach
 
 app = typer.Typer(cls=Commands, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 console = Output()
