@@ -6,6 +6,7 @@ Every task's scores are a file of the run, with each answer: a killed run goes o
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,11 +70,13 @@ def evaluate(config: EvaluateConfig, ctx: Context) -> dict[str, float]:
     answerer = ModelAnswerer(model, side=config.image_size // 2 if config.sub_images else None)
     asked = [(task, shots) for task in _tasks(config, tokenizer) for shots in task.shots]
     scores: list[Scores] = []
-    for number, (task, shots) in enumerate(asked):
+    total, began = len(asked) + len(config.eval.text_tasks), time.monotonic()
+    for number, (task, shots) in enumerate(asked, start=1):
         if ctx.stop.is_set():
             raise Stopped(f"stopped before {task.name} with {shots} shots; the tasks that are done are kept")
         scores.append(_score(task, shots, answerer, tokenizer, config=config, ctx=ctx))
-        ctx.tracker.progress(number + 1, len(asked) + len(config.eval.text_tasks), seconds_left=None)
+        left = (time.monotonic() - began) / number * (total - number)
+        ctx.tracker.progress(number, total, seconds_left=left)
     metrics = {name: value for score in scores for name, value in score.metrics.items()} | group_means(scores)
     metrics |= _text_tasks(answerer, tokenizer, config=config, ctx=ctx)
     if isinstance(config.data, WorldConfig):
