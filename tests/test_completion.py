@@ -7,6 +7,7 @@ import pty
 import select
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,28 +24,32 @@ class Bash:
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._master, terminal = pty.openpty()
+        termios.tcsetwinsize(terminal, (50, 400))
         self._process = subprocess.Popen(
             ["bash", "--norc", "--noprofile", "-i"],
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,
             start_new_session=True,
-            env={**environment, "PS1": PROMPT, "TERM": "dumb", "COLUMNS": "400"},
+            env={**environment, "PS1": PROMPT, "TERM": "dumb"},
         )
         os.close(terminal)
-        self._until(PROMPT)
-        self._send("bind 'set bell-style none'; bind 'set show-all-if-ambiguous on'; stty columns 400\n", PROMPT)
-        self._send('eval "$(_RETRACE_COMPLETE=source_bash retrace)"\n', PROMPT)
+        self._do("bind 'set bell-style none'; bind 'set show-all-if-ambiguous on'")
+        self._do('eval "$(_RETRACE_COMPLETE=source_bash retrace)"')
 
     def tab(self, line: str, *expected: str) -> None:
         """Type a line and Tab, and wait until the terminal shows all that is expected."""
         self._send(f"{line}\t", *expected)
-        self._send("\x15\n", PROMPT)  # Ctrl-U, an empty line
+        self._do("\x15")  # Ctrl-U: the line is gone
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
         os.close(self._master)
+
+    def _do(self, command: str) -> None:
+        """Carry out a command, and wait for the prompt behind it: what is typed before it is read by nobody's Tab."""
+        self._send(f"{command}\necho done-$((40 + 2))\n", f"done-42\r\n{PROMPT}")
 
     def _send(self, text: str, *expected: str) -> None:
         os.write(self._master, text.encode())
