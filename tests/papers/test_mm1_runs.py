@@ -59,7 +59,7 @@ def carry_out(specs: Sequence[RunSpec], home: Path) -> dict[str, Record]:
         (["experts={num_experts: 4, every: 3}"], "no layer would have experts"),
         (["eval.shots=[4,0]"], "expected rising numbers from 0"),
         (["eval.text_tasks=[piqa]"], "procedural data brings its own text tasks"),
-        (["pretrain.trained=[]"], "at least 1 item"),
+        (["pretrain.trained=[]"], "expected one or more"),
         (["data.held_out_shapes=0"], "greater than or equal to 1"),
     ],
 )  # fmt: skip
