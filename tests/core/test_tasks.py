@@ -62,7 +62,7 @@ def test_a_wrong_file_is_refused(tmp_path, settings, message):
 
 def test_python_in_a_task_file_is_refused(tmp_path):
     (tmp_path / "wrong.yaml").write_text("task: wrong\nprocess_docs: !function utils.process\n")
-    with pytest.raises(ValueError, match=r"wrong\.yaml: not readable as YAML"):
+    with pytest.raises(ValueError, match=r"wrong\.yaml, line 2: not readable as YAML"):
         check(tmp_path, "wrong")
 
 
