@@ -232,6 +232,26 @@ def report(
 
 
 @app.command()
+def dashboard(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of 127.0.0.1")] = 7860,
+) -> None:
+    """Serve a live page of the runs started with tracking=trackio, on this machine, without an account.
+
+    Their curves appear as they are logged, in RETRACE_HOME/trackio. It runs until Ctrl-C; runs need it for nothing.
+    """
+    import threading
+
+    from retrace.core.dashboard import serving
+
+    with serving(port=port) as url:
+        console.print(f"open {url}  (Ctrl-C ends it; the runs go on)", highlight=False, soft_wrap=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            console.print("stopped")
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has, what is missing, and how to get it."""
     from retrace.core.doctor import print_checks
