@@ -76,14 +76,14 @@ class Mirror(Protocol):
 class Wandb:
     """A W&B run."""
 
-    name = "W&B"
+    name: ClassVar[str] = "W&B"
 
     def __init__(self, run: Any) -> None:
         self._run = run
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
 
-    def rewind(self, lines: Sequence[Mapping[str, Any]]) -> None:  # noqa: ARG002
+    def rewind(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """W&B keeps what it was sent; `step` tells the lines that stand from those before them."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -149,7 +149,7 @@ def _arguments(card: Card, project: str, folder: Path) -> dict[str, Any]:
 class Trackio:
     """A run in the local database that `retrace dashboard` shows; it holds what metrics.jsonl holds, and no more."""
 
-    name = "trackio"
+    name: ClassVar[str] = "trackio"
 
     def __init__(self, card: Card, *, project: str) -> None:
         self._card, self._project, self._step = card, project, 0
@@ -187,7 +187,7 @@ class Trackio:
         with _quiet():
             self._run.log(dict(metrics), step=step)
 
-    def finish(self, summary: Mapping[str, float], *, exit_code: int) -> None:  # noqa: ARG002: trackio knows no state
+    def finish(self, summary: Mapping[str, float], *, exit_code: int) -> None:  # noqa: ARG002 (trackio knows no state)
         with _quiet():
             if summary:
                 self._run.log(dict(summary), step=self._step)
