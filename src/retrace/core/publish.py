@@ -168,7 +168,8 @@ def publish(
         server = Server(project=asked.project, entity=asked.entity)
         _, board = _built(slug, taken, asked.model_copy(update={"entity": server.entity}), store=store)
         sent = server.upload({run.card.id: (run.digest, folders[run.card.id]) for run in runs}, paper=slug)
-        console.print(f"  uploaded {sent} runs, {len(runs) - sent} were there; {server.url}", soft_wrap=True)
+        where = f"{server.entity}/{asked.project}"
+        console.print(f"  uploaded {sent} runs to {where}, {len(runs) - sent} were there", soft_wrap=True)
         for what, url in server.save(board).items():
             console.print(f"  {what}: {url}", soft_wrap=True)
 

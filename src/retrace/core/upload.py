@@ -24,39 +24,33 @@ AT_ONCE = 4  # uploads side by side
 
 
 class Server:
-    """A project on W&B's server, as the key's user. Raises ValueError where it can't be reached or used."""
+    """A project on W&B's server, as the key's user. Raises OSError where it can't be used, ValueError for its entity."""
 
     def __init__(self, *, project: str, entity: str | None) -> None:
         import wandb
 
         logging.getLogger("wandb").setLevel(logging.ERROR)
-        try:
+        with _one_sentence():
             self._api = wandb.Api(timeout=SECONDS)
             viewer = self._api.viewer
             mine = list(dict.fromkeys(filter(None, [viewer.entity, viewer.username, *viewer.teams])))
-        except Exception as error:  # of requests, of its own, of GraphQL: see core/mirrors.py
-            raise ValueError(
-                f"W&B can't be used: {_first_line(error)}; check WANDB_API_KEY and the network; the offline files are "
-                "complete, so the same command goes on from here"
-            ) from None
         if entity is not None and entity not in mine:
             raise ValueError(f"--entity {entity}: the key's user is not in it; it may write to: {', '.join(mine)}")
         self.entity: str = entity or viewer.entity
-        self.project = project
-
-    @property
-    def url(self) -> str:
-        return f"{self._api.client.app_url.rstrip('/')}/{self.entity}/{self.project}"
+        self._path = f"{self.entity}/{project}"
+        self._project = project
 
     def digests(self, paper: str) -> dict[str, str]:
         """What the runs of a paper there were rebuilt from, by id; empty where there is no such project."""
-        try:
-            found = self._api.runs(f"{self.entity}/{self.project}", filters={"config.paper.value": paper})
-            return {run.id: run.summary_metrics.get(DIGEST, "") for run in found}
-        except ValueError as error:
-            if "Could not find project" in str(error):
-                return {}
-            raise
+        with _one_sentence():
+            try:
+                filters = {"config.paper.value": paper}
+                found = self._api.runs(self._path, filters=filters, per_page=500, lazy=False)
+                return {run.id: run.summary_metrics.get(DIGEST, "") for run in found}
+            except ValueError as error:
+                if "Could not find project" in str(error):
+                    return {}
+                raise
 
     def upload(self, runs: Mapping[str, tuple[str, Path]], *, paper: str) -> int:
         """Upload those of (digest, folder) by id that are not there; how many. Raises OSError where one fails."""
@@ -65,7 +59,7 @@ class Server:
         if not lacking:
             return 0
         command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-synced", "-n", str(AT_ONCE)]
-        command += ["-e", self.entity, "-p", self.project, *(str(folder) for _, folder in lacking.values())]
+        command += ["-e", self.entity, "-p", self._project, *(str(folder) for _, folder in lacking.values())]
         done = subprocess.run(command, capture_output=True, text=True)
         there = self.digests(paper)
         missing = [run_id for run_id, (digest, _) in lacking.items() if there.get(run_id) != digest]
@@ -79,18 +73,28 @@ class Server:
 
     def save(self, board: Board) -> dict[str, str]:
         """Write the workspace and the report, over those of an earlier call; their addresses."""
-        from wandb_workspaces.workspaces import Workspace  # its objects know how to save themselves
+        from wandb_workspaces.workspaces import Workspace
 
         name = hashlib.sha256(board.workspace.name.encode()).hexdigest()[:11]
         board.workspace._internal_name = f"nw-{name}-v"
-        with contextlib.suppress(ValueError):  # there is none yet
-            board.workspace._internal_id = Workspace.from_url(board.workspace.url)._internal_id
-        board.workspace.save()
-        reports = self._api.reports(f"{self.entity}/{self.project}")
-        board.report.id = next((found.id for found in reports if found.display_name == board.report.title), "")
-        board.report.save()
-        return {"workspace": board.workspace.url, "report": board.report.url}
+        with _one_sentence():
+            with contextlib.suppress(ValueError):  # there is none yet
+                board.workspace._internal_id = Workspace.from_url(board.workspace.url)._internal_id
+            board.workspace.save()
+            reports = self._api.reports(self._path)
+            board.report.id = next((found.id for found in reports if found.display_name == board.report.title), "")
+            board.report.save()
+            return {"workspace": board.workspace.url, "report": board.report.url}
 
 
-def _first_line(error: Exception) -> Any:
-    return redact(str(error) or type(error).__name__).strip().splitlines()[0]
+@contextlib.contextmanager
+def _one_sentence() -> Any:
+    """Whatever W&B raises as an OSError of one sentence: of requests, of GraphQL, its own, of a service process."""
+    try:
+        yield
+    except Exception as error:
+        said = redact(str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".;")
+        raise OSError(
+            f"W&B can't be used: {said}; check WANDB_API_KEY and the network: the offline files are complete, and the "
+            "same command goes on from here"
+        ) from error
