@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+PROJECT = "retrace"  # the only one that it has
 KEY = "a1" * 20  # W&B takes keys of 40 characters
 INTERNAL_ID = base64.b64encode(b"ProjectInternalId:1").decode()
 
@@ -32,7 +33,7 @@ class Kept:
 
     def answer(self, query: str, given: dict[str, Any]) -> dict[str, Any]:
         """The `data` of a GraphQL query."""
-        project = {"id": "UA==", "internalId": INTERNAL_ID, "name": "p", "entity": {"id": "RQ==", "name": "me"}}
+        project = {"id": "UA==", "internalId": INTERNAL_ID, "name": PROJECT, "entity": {"id": "RQ==", "name": "me"}}
         if "viewer" in query:
             teams = {"edges": [{"node": {"name": "team"}}]}
             names = {"id": "VQ==", "name": "Me", "username": "me", "entity": "me", "email": "me@here"}
@@ -64,10 +65,12 @@ class Kept:
             runs = {"edges": edges, "pageInfo": self._page}
             return {"project": {**project, "runCount": len(edges), "readOnly": False, "runs": runs}}
         if "models(" in query:
-            return {"models": {"edges": [{"node": {**project, "entityName": "me"}, "cursor": "c"}], "pageInfo": self._page}}
+            made = {"entityName": "me", "createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
+            edges = [{"node": {**project, **made}}] if self.runs else []
+            return {"models": {"edges": edges, "pageInfo": self._page}}
         raise NotImplementedError(query)
 
-    _page = {"endCursor": "c", "hasNextPage": False}
+    _page = {"__typename": "PageInfo", "endCursor": "c", "hasNextPage": False}
 
     def _view(self, view: dict[str, Any]) -> dict[str, Any]:
         dates = {"createdAt": "2026-01-01T00:00:00", "updatedAt": "2026-01-01T00:00:00"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ class Server:
     """A project on W&B's server, as the key's user. Raises OSError where it can't be used, ValueError for its entity."""
 
     def __init__(self, *, project: str, entity: str | None) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # read when wandb is imported
         import wandb
 
-        logging.getLogger("wandb").setLevel(logging.ERROR)
         with _one_sentence():
             self._api = wandb.Api(timeout=SECONDS)
             viewer = self._api.viewer
