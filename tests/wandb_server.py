@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 PROJECT = "retrace"  # the only one that it has
+PAGE = {"__typename": "PageInfo", "endCursor": "c", "hasNextPage": False}
 KEY = "a1" * 20  # W&B takes keys of 40 characters
 INTERNAL_ID = base64.b64encode(b"ProjectInternalId:1").decode()
 
@@ -57,20 +58,18 @@ class Kept:
             kind, name = given.get("viewType") or "runs", given.get("viewName")
             edges = [{"node": self._view(v), "cursor": "c"} for v in self.views.values() if v["type"] == kind
                      and name in (None, v["name"])]  # fmt: skip
-            return {"project": {**project, "allViews": {"edges": edges, "pageInfo": self._page}}}
+            return {"project": {**project, "allViews": {"edges": edges, "pageInfo": PAGE}}}
         if "query Runs" in query:
             if not self.runs:
                 return {"project": None}
             edges = [{"node": self._run(name, run), "cursor": "c"} for name, run in self.runs.items()]
-            runs = {"edges": edges, "pageInfo": self._page}
+            runs = {"edges": edges, "pageInfo": PAGE}
             return {"project": {**project, "runCount": len(edges), "readOnly": False, "runs": runs}}
         if "models(" in query:
             made = {"entityName": "me", "createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
             edges = [{"node": {**project, **made}}] if self.runs else []
-            return {"models": {"edges": edges, "pageInfo": self._page}}
+            return {"models": {"edges": edges, "pageInfo": PAGE}}
         raise NotImplementedError(query)
-
-    _page = {"__typename": "PageInfo", "endCursor": "c", "hasNextPage": False}
 
     def _view(self, view: dict[str, Any]) -> dict[str, Any]:
         dates = {"createdAt": "2026-01-01T00:00:00", "updatedAt": "2026-01-01T00:00:00"}

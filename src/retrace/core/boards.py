@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retrace.core.claims import Claim
+from retrace.core.mirrors import Card
 from retrace.core.pages import OUTCOME_SYMBOLS, markdown
 from retrace.core.paper import Paper
 from retrace.core.plan import Ablation
@@ -114,7 +115,7 @@ def build_board(
         sections=sections,
         runset_settings=ws.RunsetSettings(
             filters=[ws.Config("paper") == paper.slug],
-            pinned_columns=["run:displayName", "run:state", "run:jobType", "config:scale", "config:seed"],
+            pinned_columns=["run:displayName", "run:state", "run:jobType", "config:scale.value", "config:seed.value"],
         ),
     )
     for made in (report, workspace):
@@ -150,6 +151,8 @@ def _grids(
     ]
     for program in dict.fromkeys(record.program for record in runs):
         own = [record for record in runs if record.program == program]
+        if len({Card.of(record).config["arms"][ablation.name] for record in own}) == 1:
+            continue  # one arm, or a base that all arms share: nothing to compare
         metrics = list(dict.fromkeys(metric for metric, where in claimed if where == program))
         if not claimed:
             metrics = [metric for metric in words if any(metric in record.metrics for record in own)][:2]

@@ -8,6 +8,7 @@ changed. Then, with a key, what W&B lacks is uploaded (core/upload.py).
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -23,7 +24,7 @@ from rich.progress import track
 from retrace.core import boards, results
 from retrace.core.claims import load_words
 from retrace.core.compose import compose
-from retrace.core.config import CONFIGS, Tracking, suggest, validate
+from retrace.core.config import CONFIGS, Tracking, validate
 from retrace.core.mirrors import Card, write_offline
 from retrace.core.paper import load_paper
 from retrace.core.plan import load_ablations
@@ -32,6 +33,7 @@ from retrace.core.safety import refuse_secrets
 from retrace.core.store import RunDir, Store, write_atomic
 from retrace.core.tracking import read_lines, wandb_mode
 from retrace.core.upload import DIGEST, Server
+from retrace.core.verdicts import Verdict
 
 FORM = 1  # of what is published; another number publishes every run again
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -131,8 +133,14 @@ def chosen(targets: Sequence[str], *, scale: str | None, store: Store) -> dict[s
             or (target.startswith(f"{slug}-") and record.id.startswith(target))
         ]
         if not taken:
-            known = sorted({f"{slug}/{label.partition('/')[0]}" for record in records for label in record.labels})
-            raise ValueError(f"{target}: no record{at} of it{suggest(target, known).replace('keys', 'ablations')}")
+            labels = [label.rpartition("/s")[0] for record in records for label in record.labels]
+            names = labels if "/" in rest else [label.partition("/")[0] for label in labels]
+            ids = [record.id for record in records]
+            known = ids if target.startswith(f"{slug}-") else sorted({f"{slug}/{name}" for name in names})
+            near = difflib.get_close_matches(target, known, n=1, cutoff=0.5)
+            raise ValueError(
+                f"{target}: no record{at} of it" + (f"; did you mean '{near[0]}'?" if near else "; see `retrace list`")
+            )
         found.setdefault(slug, {}).update({record.id: record for record in taken})
     return {slug: list(records.values()) for slug, records in found.items()}
 
@@ -149,29 +157,29 @@ def publish(
 ) -> None:
     """Build and validate everything, write the offline files, and upload what W&B lacks where there is a key.
 
-    Raises ValueError or OSError of one sentence before anything is written, or before anything is uploaded.
+    Raises ValueError of one sentence before anything is written, and OSError where W&B can't be used: the offline files
+    are complete then, and calling it again goes on.
     """
-    records = chosen(targets, scale=scale, store=store)
-    for slug, taken in records.items():
+    for slug, taken in chosen(targets, scale=scale, store=store).items():
         asked = _tracking(slug, project=project, entity=entity)
-        runs, board = _built(slug, taken, asked, store=store)
+        verdicts = results.judged(slug, store=store)
+        runs = _runs(slug, taken, verdicts, store=store)
+        board = _board(slug, verdicts, asked, entity=asked.entity or "somebody", store=store)  # valid, before all else
         _say_built(slug, taken, runs, board, console)
         online = wandb_mode(asked.model_copy(update={"wandb": "auto"})) == "online"
         if dry_run:
-            told = "upload those that W&B lacks" if online else "upload nothing, for want of a key"
-            console.print(f"  would write what is not yet in {store.published}, and {told}", soft_wrap=True)
+            told = "upload those that W&B lacks" if online else "upload nothing: there is no key"
+            _say(console, f"would write what is not yet in {store.published}, and {told}")
             continue
         folders = write(runs, project=asked.project, store=store, console=console)
         if not online:
             _say_offline(asked, len(runs), store, console)
             continue
         server = Server(project=asked.project, entity=asked.entity)
-        _, board = _built(slug, taken, asked.model_copy(update={"entity": server.entity}), store=store)
         sent = server.upload({run.card.id: (run.digest, folders[run.card.id]) for run in runs}, paper=slug)
-        where = f"{server.entity}/{asked.project}"
-        console.print(f"  uploaded {sent} runs to {where}, {len(runs) - sent} were there", soft_wrap=True)
-        for what, url in server.save(board).items():
-            console.print(f"  {what}: {url}", soft_wrap=True)
+        _say(console, f"uploaded {sent} runs to {server.entity}/{asked.project}, {len(runs) - sent} were there")
+        for what, url in server.save(_board(slug, verdicts, asked, entity=server.entity, store=store)).items():
+            _say(console, f"{what}: {url}")
 
 
 def _tracking(slug: str, *, project: str | None, entity: str | None) -> Tracking:
@@ -185,25 +193,32 @@ def _tracking(slug: str, *, project: str | None, entity: str | None) -> Tracking
     return asked
 
 
-def _built(slug: str, taken: Sequence[Record], asked: Tracking, *, store: Store) -> tuple[list[Rebuilt], boards.Board]:
-    """The runs of the chosen records, the paper's lines, and the board of all records."""
-    verdicts = results.judged(slug, store=store)
-    scales = {record.scale for record in taken}
-    levels = boards.printed_levels(verdict for scale in sorted(scales) for verdict in verdicts.get(scale, ()))
+def _runs(
+    slug: str, taken: Sequence[Record], verdicts: Mapping[str, Sequence[Verdict]], *, store: Store
+) -> list[Rebuilt]:
+    """The chosen records, and what the paper prints of their ablations at their scales."""
+    asked = {(record.scale, label.partition("/")[0]) for record in taken for label in record.labels}
+    levels = boards.printed_levels(verdict for found in verdicts.values() for verdict in found)
     runs = [rebuild(record, store.run(record.id)) for record in taken]
-    runs += [printed(slug, level) for level in levels]
+    runs += [printed(slug, level) for level in levels if (level.scale, level.claim.ablation) in asked]
     for run in runs:
         refuse_secrets(json.dumps([run.card.config, run.rows, run.results]), where=run.card.id)
-    board = boards.build_board(
+    return runs
+
+
+def _board(
+    slug: str, verdicts: Mapping[str, Sequence[Verdict]], asked: Tracking, *, entity: str, store: Store
+) -> boards.Board:
+    """The workspace and the report, always of all records of the paper."""
+    return boards.build_board(
         load_paper(slug),
-        entity=asked.entity or "entity-of-the-key",
+        entity=entity,
         project=asked.project,
         ablations=list(load_ablations(slug).values()),
         records=store.records(slug),
         verdicts=verdicts,
         words=load_words(CONFIGS / slug / "metrics.yaml"),
     )
-    return runs, board
 
 
 def write(runs: Sequence[Rebuilt], *, project: str, store: Store, console: Console) -> dict[str, Path]:
@@ -218,7 +233,7 @@ def write(runs: Sequence[Rebuilt], *, project: str, store: Store, console: Conso
         (folder / "digest").unlink(missing_ok=True)
         write_offline(run.card, project=project, folder=folder, rows=run.rows, summary=run.summary)
         write_atomic(folder / "digest", run.digest)
-    console.print(f"  wrote {len(left)} runs, {len(runs) - len(left)} were there: {store.published}", soft_wrap=True)
+    _say(console, f"wrote {len(left)} runs, {len(runs) - len(left)} were there: {store.published}")
     return folders
 
 
@@ -227,26 +242,24 @@ def _digest_at(folder: Path) -> str | None:
     return path.read_text() if path.is_file() else None
 
 
+def _say(console: Console, told: str) -> None:
+    console.print(f"  {told}", highlight=False, markup=False, soft_wrap=True)
+
+
 def _say_built(
     slug: str, taken: Sequence[Record], runs: Sequence[Rebuilt], board: boards.Board, console: Console
 ) -> None:
-    scales = sorted({record.scale for record in taken})
+    scales = ", ".join(sorted({record.scale for record in taken}))
     whole = sum(run.whole for run in runs)
-    console.print(
-        f"{slug}: {len(taken)} runs of scale {', '.join(scales)} ({whole} with every logged line, {len(taken) - whole} "
-        f"with the curves of their records), {len(runs) - len(taken)} lines of what the paper prints; a report with "
-        f"{board.num_panels} panels and the verdict table, a workspace: valid",
-        highlight=False,
-        soft_wrap=True,
-    )
+    built = f"{slug}: {len(taken)} runs of scale {scales}"
+    built += f" ({whole} with every logged line, {len(taken) - whole} with the curves of their records)"
+    built += f", {len(runs) - len(taken)} lines of what the paper prints"
+    built += f"; a report with the verdicts and {board.num_panels} panels, and a workspace: all valid"
+    console.print(built, highlight=False, markup=False, soft_wrap=True)
 
 
 def _say_offline(asked: Tracking, num_runs: int, store: Store, console: Console) -> None:
-    where = f"{asked.entity or 'the entity of the key'}/{asked.project}"
-    console.print(
-        f"  no key, so nothing was uploaded. With WANDB_API_KEY set the same command uploads what W&B lacks of "
-        f"{num_runs} runs to {where}, and then writes the workspace and the report; the runs alone go from any machine "
-        f"with `wandb sync {store.published}`",
-        highlight=False,
-        soft_wrap=True,
-    )
+    where = f"{asked.entity or 'the entity of the key'}, project {asked.project}"
+    told = "no key, so nothing was uploaded. With WANDB_API_KEY set, the same command uploads what W&B lacks of these "
+    told += f"{num_runs} runs to {where}, then writes the report and the workspace. `wandb sync {store.published}` "
+    _say(console, told + "uploads the runs alone, from any machine")

@@ -24,7 +24,7 @@ AT_ONCE = 4  # uploads side by side
 
 
 class Server:
-    """A project on W&B's server, as the key's user. Raises OSError where it can't be used, ValueError for its entity."""
+    """A project on W&B's server, as the key's user; OSError where W&B can't be used, ValueError for its entity."""
 
     def __init__(self, *, project: str, entity: str | None) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")  # read when wandb is imported
