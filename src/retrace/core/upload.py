@@ -42,6 +42,7 @@ class Server:
 
     def digests(self, paper: str) -> dict[str, str]:
         """What the runs of a paper there were rebuilt from, by id; empty where there is no such project."""
+        self._api.flush()  # it would answer a second question from memory
         with _one_sentence():
             try:
                 filters = {"config.paper.value": paper}
@@ -64,10 +65,11 @@ class Server:
         there = self.digests(paper)
         missing = [run_id for run_id, (digest, _) in lacking.items() if there.get(run_id) != digest]
         if missing:
-            said = redact((done.stderr or done.stdout).strip()).splitlines()[-1:]
+            lines = redact(done.stderr + done.stdout).splitlines()
+            said = [line for line in lines if missing[0] in line or "rror" in line][-1:]
             raise OSError(
                 f"{len(missing)} of {len(lacking)} runs did not arrive at W&B, {missing[0]} the first "
-                f"({' '.join(said)}); the same command uploads the rest"
+                f"({' '.join(said) or 'no word from wandb sync'}); the same command uploads the rest"
             )
         return len(lacking)
 
