@@ -177,7 +177,7 @@ class Trackio:
     def rewind(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """trackio appends, so the run is written again as it stands."""
         with _quiet():
-            self._run.finish()
+            load_trackio().finish()
         self._run = self._anew()
         for line in lines:
             self.log(line["step"], {key: value for key, value in line.items() if key != "step"})
@@ -191,7 +191,7 @@ class Trackio:
         with _quiet():
             if summary:
                 self._run.log(dict(summary), step=self._step)
-            self._run.finish()
+            load_trackio().finish()
 
 
 def load_trackio() -> Any:
@@ -199,6 +199,7 @@ def load_trackio() -> Any:
     os.environ.setdefault("TRACKIO_DIR", str(HOME / "trackio"))  # it is read when the library is imported
     import trackio
 
+    logging.captureWarnings(True)  # it warns where it fails, and goes on: that belongs in a run's log
     return trackio
 
 
