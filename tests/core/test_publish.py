@@ -129,6 +129,17 @@ def test_a_metrics_jsonl_beside_a_record_brings_every_line_and_rewrites_that_run
     assert [own(row) for row in history[:-1]] == lines
 
 
+def test_a_run_whose_writing_was_killed_is_written_again_and_no_other(store: Store, retrace: Run) -> None:
+    assert retrace("publish", "quietstar", **NO_KEY).returncode == 0
+    record = store.records("quietstar")[4]
+    path = offline_files(store)[record.id]
+    whole = told(path)
+    path.write_bytes(path.read_bytes()[:7])
+    (path.parent / "digest").unlink()  # it is written last
+    assert "wrote 1 runs, 16 were there" in retrace("publish", "quietstar", **NO_KEY).stdout
+    assert [own(row) for row in told(path)[1]] == [own(row) for row in whole[1]]
+
+
 def test_a_broken_metrics_jsonl_is_named_and_nothing_is_written(store: Store, retrace: Run) -> None:
     record = store.records("quietstar")[0]
     store.run(record.id).path.mkdir(parents=True)

@@ -2,8 +2,8 @@
 
 A run is rebuilt from its record, with every line of its metrics.jsonl where that is here and else with the thinned
 curves of the record; so runs of another machine need their records only. First everything is built on this machine:
-RETRACE_HOME/wandb/offline-run-<id>, one folder a run, whole or not there, written again only where its content has
-changed. Then, with a key, what W&B lacks is uploaded (core/upload.py).
+RETRACE_HOME/wandb/offline-run-<id>, one folder a run, marked by a file `digest` once it is whole; one that is marked with
+what the run is now is left alone. Then, with a key, what W&B lacks is uploaded (core/upload.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from retrace.core import boards, results
 from retrace.core.claims import load_words
 from retrace.core.compose import compose
 from retrace.core.config import CONFIGS, Tracking, validate
-from retrace.core.mirrors import Card, write_offline
+from retrace.core.mirrors import Card, flush_offline, write_offline
 from retrace.core.paper import load_paper
 from retrace.core.plan import load_ablations
 from retrace.core.record import Record
@@ -222,7 +222,10 @@ def _board(
 
 
 def write(runs: Sequence[Rebuilt], *, project: str, store: Store, console: Console) -> dict[str, Path]:
-    """The folder of each run's offline files, by id; those that are there with the same content stay."""
+    """The folder of each run's offline files, by id; those that are there with the same content stay.
+
+    Raises OSError where one can't be written.
+    """
     folders = {run.card.id: store.published / f"offline-run-{run.card.id}" for run in runs}
     left = [run for run in runs if _digest_at(folders[run.card.id]) != run.digest]
     shown: Iterable[Rebuilt] = track(
@@ -232,9 +235,21 @@ def write(runs: Sequence[Rebuilt], *, project: str, store: Store, console: Conso
         folder = folders[run.card.id]
         (folder / "digest").unlink(missing_ok=True)
         write_offline(run.card, project=project, folder=folder, rows=run.rows, summary=run.summary)
-        write_atomic(folder / "digest", run.digest)
+    if left:
+        flush_offline()
+    for run in left:
+        _check_whole(folders[run.card.id], run.digest)
+        write_atomic(folders[run.card.id] / "digest", run.digest)
     _say(console, f"wrote {len(left)} runs, {len(runs) - len(left)} were there: {store.published}")
     return folders
+
+
+def _check_whole(folder: Path, digest: str) -> None:
+    """Raise OSError where the digest, which is the last thing in a run's file, is not in it."""
+    data = (folder / f"run-{folder.name.removeprefix('offline-run-')}.wandb").read_bytes()
+    halves = (digest[: len(digest) // 2], digest[len(digest) // 2 :])  # the file's format may part it in two, once
+    if not any(half.encode() in data for half in halves):
+        raise OSError(f"{folder}: W&B did not write all of the run; is the disk full? The same command writes it again")
 
 
 def _digest_at(folder: Path) -> str | None:
