@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import Run
 from core.test_tracking import wandb_records
+from rich.console import Console
 from wandb_server import KEY, Kept, wandb_server
 
 from retrace.core import boards, results
@@ -21,7 +24,7 @@ from retrace.core.config import CONFIGS
 from retrace.core.mirrors import Card
 from retrace.core.paper import load_paper
 from retrace.core.plan import load_ablations
-from retrace.core.publish import chosen, printed, rebuild
+from retrace.core.publish import chosen, printed, publish, rebuild
 from retrace.core.record import Record
 from retrace.core.store import Store
 
@@ -259,25 +262,26 @@ def test_an_upload_that_breaks_off_is_counted_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("target", "options", "sentence"),
     [
-        (["nope"], "nope: no such paper; the papers are: "),
-        (["mm1"], "mm1: no records in "),
-        (["quietstar", "--scale", "gpu"], "quietstar: no records of scale gpu in "),
-        (["quietstar/thougts"], "quietstar/thougts: no record of it; did you mean 'quietstar/thoughts'?"),
-        (["quietstar/thoughts/som"], "no record of it"),
-        (["quietstar", "--entity", "me & you"], "--entity me & you: expected letters, digits"),
-        (["quietstar", "--project", "a/b"], "--project a/b: expected letters, digits"),
-        (["quietstar", "--entity", KEY], "--entity: holds the value of WANDB_API_KEY"),
+        ("nope", {}, "nope: no such paper; the papers are: "),
+        ("mm1", {}, "mm1: no records in "),
+        ("quietstar", {"scale": "gpu"}, "quietstar: no records of scale gpu in "),
+        ("quietstar/thougts", {}, "quietstar/thougts: no record of it; did you mean 'quietstar/thoughts'?"),
+        ("quietstar/thoughts/nine", {}, "no record of it; did you mean 'quietstar/thoughts/none'?"),
+        ("quietstar", {"entity": "me & you"}, "--entity me & you: expected letters, digits"),
+        ("quietstar", {"project": "a/b"}, "--project a/b: expected letters, digits"),
+        ("quietstar", {"entity": KEY}, "--entity: holds the value of WANDB_API_KEY"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_sentence_before_anything_is_written(
-    store: Store, retrace: Run, words: list[str], sentence: str
+    store: Store, monkeypatch: pytest.MonkeyPatch, target: str, options: dict[str, str], sentence: str
 ) -> None:
-    done = retrace("publish", *words, WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
-    assert done.returncode == 2
-    assert sentence in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    given: dict[str, Any] = {"scale": None, "project": None, "entity": None, **options}
+    with pytest.raises(ValueError, match=re.escape(sentence)) as error:
+        publish([target], **given, dry_run=False, store=store, console=Console(file=io.StringIO()))
+    assert len(str(error.value).splitlines()) == 1
     assert not store.published.exists()
 
 

@@ -2,8 +2,8 @@
 
 A run is rebuilt from its record, with every line of its metrics.jsonl where that is here and else with the thinned
 curves of the record; so runs of another machine need their records only. First everything is built on this machine:
-RETRACE_HOME/wandb/offline-run-<id>, one folder a run, marked by a file `digest` once it is whole; one that is marked with
-what the run is now is left alone. Then, with a key, what W&B lacks is uploaded (core/upload.py).
+RETRACE_HOME/wandb/offline-run-<id>, one folder a run, marked by a file `digest` once it is whole; one that is marked
+with what the run is now is left alone. Then, with a key, what W&B lacks is uploaded (core/upload.py).
 """
 
 from __future__ import annotations
