@@ -64,13 +64,23 @@ def logged(home: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_a_run_that_was_killed_is_there_once_with_the_lines_of_its_metrics_jsonl(killed: Path, spec: RunSpec) -> None:
-    record = Store(killed).records("quietstar")[0]
     lines = read_lines(Store(killed).run(spec.id).path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
     ((name, rows),) = logged(killed).items()
     assert name == f"{spec.labels[0]} pretrain {spec.id.rpartition('-')[2]}"
-    assert rows[:-1] == lines
-    assert rows[-1] == {"step": 60, **record.metrics}
+    assert rows == lines
+
+
+def test_final_metrics_that_no_line_has_are_a_row_of_their_own(home: Path) -> None:
+    script = (
+        "from retrace.core.mirrors import Card, Trackio\n"
+        "for value in (0.1, 0.5):\n"
+        "    shown = Trackio(Card('p-train-01', 'a/b/s0 train', 'p/a', 'train', (), {}), project='retrace')\n"
+        "    shown.log(4, {'loss': 1.0})\n"
+        "    shown.finish({'loss': 1.0, 'accuracy': value}, exit_code=0)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, "RETRACE_HOME": str(home)}, check=True)
+    assert logged(home) == {"a/b/s0 train 01": [{"step": 4, "loss": 1.0}, {"step": 4, "accuracy": 0.5}]}
 
 
 def test_trackio_that_fails_costs_no_run(spec: RunSpec, tmp_path: Path) -> None:

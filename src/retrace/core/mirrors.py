@@ -162,12 +162,13 @@ class Trackio:
     name: ClassVar[str] = "trackio"
 
     def __init__(self, card: Card, *, project: str) -> None:
-        self._card, self._project, self._step = card, project, 0
+        self._card, self._project = card, project
         self._run = self._anew()
 
     def _anew(self) -> Any:
         """An empty run in place of the one that an earlier attempt left."""
         trackio = load_trackio()
+        self._step, self._drawn = 0, set[str]()
         key = self._card.id.rpartition("-")[2]
         with _quiet():
             with contextlib.suppress(ValueError):  # the first run of its project
@@ -194,13 +195,15 @@ class Trackio:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._step = step
+        self._drawn |= metrics.keys()
         with _quiet():
             self._run.log(dict(metrics), step=step)
 
     def finish(self, summary: Mapping[str, float], *, exit_code: int) -> None:  # noqa: ARG002 (trackio knows no state)
         with _quiet():
-            if summary:
-                self._run.log(dict(summary), step=self._step)
+            more = {name: value for name, value in summary.items() if name not in self._drawn}
+            if more:  # a curve that ends in its last value twice is drawn with a kink
+                self._run.log(more, step=self._step)
             load_trackio().finish()
 
 
