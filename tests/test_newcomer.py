@@ -179,7 +179,9 @@ def test_a_scale_without_its_first_line_is_told_so(retrace: Run, tmp_path: Path)
     assert "a file of scale/ begins with the line '# @package _global_' and has a line" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["", "list", "plan", "run", "status", "cancel", "report", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["", "list", "plan", "run", "status", "cancel", "report", "publish", "dashboard", "doctor"]
+)
 def test_help_teaches_by_examples_that_work(command: str, said: Said) -> None:
     code, shown, _ = said(*command.split(), "--help")
     assert code == 0

@@ -57,6 +57,14 @@ _EXAMPLES = {
         retrace report                                  # all papers with records
         retrace report quietstar --scale gpu
         """,
+    "publish": """
+        retrace publish quietstar                       # runs, workspace, report
+        retrace publish quietstar/thoughts --dry-run    # builds, writes nothing
+        """,
+    "dashboard": """
+        retrace run quietstar/main scale=smoke tracking=trackio
+        retrace dashboard
+        """,
     "doctor": """
         retrace doctor
         """,

@@ -23,7 +23,7 @@ def complete_scales(incomplete: str) -> list[str]:
 
 
 def complete_words(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Targets, and the overrides that choose a file: scale=... and hardware=...
+    """Targets, and the overrides that choose a file: scale=..., hardware=... and tracking=...
 
     Bash takes words apart at `=`: there the words before a value are `scale` and `=`.
     """
@@ -38,13 +38,14 @@ def complete_words(ctx: typer.Context, incomplete: str) -> list[str]:
         return _starting(_targets(incomplete), incomplete)
     offered = [name for slug in papers() for name in (slug, f"{slug}/")]  # two of them, or bash would add a space
     return _starting(
-        [*offered, *(f"{key}={value}" for key in ("scale", "hardware") for value in _values(key))], incomplete
+        [*offered, *(f"{key}={value}" for key in ("scale", "hardware", "tracking") for value in _values(key))],
+        incomplete,
     )
 
 
 def _values(key: str) -> list[str]:
-    if key == "hardware":
-        return sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml"))
+    if key in ("hardware", "tracking"):
+        return sorted(path.stem for path in (CONFIGS / key).glob("*.yaml"))
     return list(SCALES) if key == "scale" else []
 
 
