@@ -17,7 +17,8 @@ PAPERS = sorted(path.name for path in (SOURCE / "papers").iterdir() if (path / "
 LAYER_0 = {
     "cli", "core.boards", "core.claims", "core.completion", "core.compose", "core.config", "core.cost",
     "core.dashboard", "core.doctor", "core.figures", "core.identity", "core.launch", "core.mirrors", "core.outlook",
-    "core.overview", "core.pages", "core.paper", "core.plan", "core.planview", "core.profiles", "core.progress", "core.provenance",
+    "core.overview", "core.pages", "core.paper", "core.plan", "core.planview", "core.profiles", "core.progress",
+    "core.provenance",
     "core.publish", "core.record", "core.report", "core.reportfigures", "core.reportruns", "core.reportview",
     "core.results", "core.samplefigure", "core.samples", "core.scales", "core.slurm", "core.snapshot",
     "core.squeue", "core.stats", "core.statusview", "core.store", "core.svg", "core.sweep", "core.tasks", "core.texts",
