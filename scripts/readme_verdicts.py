@@ -25,7 +25,9 @@ def table(slug: str, scale: str) -> str:
     """The judged claims of a paper as a Markdown table."""
     store = Store(ROOT)
     claims = load_claims(CONFIGS / slug / "claims.yaml")
-    verdicts = judge_all(claims, store.records(slug), scale=scale, planned=planned_runs(slug, scale=scale, store=store))
+    records = store.records(slug)
+    planned = planned_runs(slug, records, scale=scale, store=store)
+    verdicts = judge_all(claims, records, scale=scale, planned=planned)
     lines = ["| claim, in our words | difference here, 95 % interval | seeds | verdict |", "|---|---|---|---|"]
     for verdict in verdicts:
         if verdict.outcome in SHOWN:

@@ -226,9 +226,13 @@ def report(
     from retrace.core import results
     from retrace.core.store import Store
 
-    for slug in slugs or [slug for slug in papers() if Store().records(slug)]:
-        results.report(slug, scale=scale, store=Store(), console=console)
-    results.overview(store=Store(), console=console)
+    for slug in slugs or ():
+        load_paper(slug)
+    store = Store()
+    judged = {slug: results.judge_paper(slug, store=store) for slug in papers()}
+    for slug in slugs or [slug for slug, found in judged.items() if found.records]:
+        results.report(judged[slug], scale=scale, store=store, console=console)
+    results.overview(list(judged.values()), store=store, console=console)
 
 
 @app.command()

@@ -11,10 +11,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
-from retrace.core.config import Frozen, Scale, validate
+from retrace.core.config import Frozen, Scale, parse_yaml, validate
 
 
 class Expect(Frozen):
@@ -101,10 +100,7 @@ def load_claims(path: Path, *, arms: Mapping[str, Collection[str]] | None = None
 
     Raises ValueError of one sentence for a wrong key, value, a second claim of one id, an unknown ablation or arm.
     """
-    try:
-        entries: Any = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    entries = parse_yaml(path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: expected a list of claims, each beginning with '- id: ...'")
     claims: dict[str, Claim] = {}
@@ -126,10 +122,7 @@ def load_words(path: Path) -> dict[str, str]:
     """
     if not path.is_file():
         return {}
-    try:
-        words: Any = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    words = parse_yaml(path)
     if not isinstance(words, dict) or not all(isinstance(word, str) for pair in words.items() for word in pair):
         raise ValueError(f"{path}: expected lines of a metric and what it is, as in 'test/loss: loss (nats a token)'")
     return words

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,6 +12,7 @@ from retrace.core.config import Hardware
 from retrace.core.cost import Cost, Expected, expected_time, makespan, measured_rates
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
+from retrace.core.record import Record
 from retrace.core.store import State, Store
 from retrace.core.units import duration, si
 
@@ -21,35 +22,44 @@ def cost_of(spec: RunSpec) -> Cost:
     return load_paper(spec.paper).programs[spec.program].cost(spec.config)
 
 
-def expected_times(specs: Sequence[RunSpec], *, store: Store) -> dict[str, Expected | None]:
-    """How long each run should take, and how that is known; None where it is not."""
+def records_of(specs: Iterable[RunSpec], *, store: Store) -> list[Record]:
+    """Every record of the papers that the runs are of."""
+    return [record for slug in dict.fromkeys(spec.paper for spec in specs) for record in store.records(slug)]
+
+
+def expected_times(
+    specs: Sequence[RunSpec], costs: Mapping[str, Cost], records: Sequence[Record]
+) -> dict[str, Expected | None]:
+    """How long each run should take, and how that is known; None where it is not. `costs`: of each run."""
     rates: dict[tuple[str, str, str], dict[str, float]] = {}
     expected = {}
     for spec in specs:
         key = (spec.paper, spec.hardware.name, spec.scale)
         if key not in rates:
-            rates[key] = measured_rates(store.records(spec.paper), hardware=spec.hardware.name, scale=spec.scale)
-        expected[spec.id] = expected_time(cost_of(spec), spec.program, rates[key], spec.hardware)
+            own = (record for record in records if record.paper == spec.paper)
+            rates[key] = measured_rates(own, hardware=spec.hardware.name, scale=spec.scale)
+        expected[spec.id] = expected_time(costs[spec.id], spec.program, rates[key], spec.hardware)
     return expected
 
 
 def expected_seconds(specs: Sequence[RunSpec], *, store: Store) -> dict[str, float | None]:
     """Seconds that each run should take, None where that is not known."""
-    times = expected_times(specs, store=store)
+    times = expected_times(specs, {spec.id: cost_of(spec) for spec in specs}, records_of(specs, store=store))
     return {run_id: None if time is None else time.seconds for run_id, time in times.items()}
 
 
 def print_plan(specs: Sequence[RunSpec], *, store: Store, console: Console) -> None:
     """A line for each run, parents before children, and some for all of them."""
     hardware = specs[0].hardware
-    expected = expected_times(specs, store=store)
+    costs = {spec.id: cost_of(spec) for spec in specs}
+    expected = expected_times(specs, costs, records_of(specs, store=store))
     on_gpu = hardware.device == "cuda"
     columns = ["run", "asked for by", "status", "tokens", "FLOPs", "time", *(["GPU-hours"] if on_gpu else [])]
     table = Table(*columns, f"memory of a {'GPU' if on_gpu else 'process'}", box=None, header_style="bold")
     todo: list[float | None] = []
     flops = 0.0
     for spec in specs:
-        state, cost, time = store.run(spec.id).state(), cost_of(spec), expected[spec.id]
+        state, cost, time = store.run(spec.id).state(), costs[spec.id], expected[spec.id]
         seconds = None if time is None else time.seconds
         if not state.finished:
             todo.append(seconds)

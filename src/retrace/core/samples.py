@@ -74,7 +74,7 @@ class Chain:
     def _owns(self, record: Record, name: str) -> bool:
         return self.owners[name] == record.program and record.id in self.last
 
-    @property
+    @cached_property
     def diverged(self) -> Record | None:
         """The run that diverged, if one did that no other run makes use of."""
         if self.awaited:
