@@ -7,14 +7,19 @@ differ in their seed alone share all but the last step.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrace.core.config import CONFIGS, papers, suggest
+from retrace.core.memo import remember
+from retrace.core.safety import refuse_secrets
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -69,35 +74,56 @@ def compose(paper: str, overrides: Sequence[str], *, name: str = "main") -> dict
     """
     if not (CONFIGS / paper / f"{name}.yaml").is_file():
         raise ValueError(f"{paper}/{name}: no such config; the papers are: {', '.join(papers()) or 'none'}")
-    seeds = [text for text in overrides if override_key(text) == "seed"]
-    if len(seeds) == 1 and re.fullmatch("seed=(0|[1-9][0-9]*)", seeds[0]):
-        text = _seedless(paper, name, tuple(text for text in overrides if text not in seeds))
-        if text is not None:
-            plain: dict[str, Any] = json.loads(text.replace(_SEED, seeds[0].removeprefix("seed=")))
-            return plain
-    return _resolve(_tree(paper, name, overrides), f"{paper}/{name}")
+    seeds = [text.removeprefix("seed=") for text in overrides if override_key(text) == "seed"]
+    seed = seeds[0] if len(seeds) == 1 and re.fullmatch("0|[1-9][0-9]*", seeds[0]) else None
+    given = (
+        tuple(overrides) if seed is None else tuple(t if t != f"seed={seed}" else f"seed={_SEED}" for t in overrides)
+    )
+    text = _composed(paper, name, given)
+    if text is None:
+        return _resolve(_tree(paper, name, overrides), f"{paper}/{name}")
+    plain: dict[str, Any] = json.loads(text if seed is None else text.replace(_SEED, seed))
+    return plain
 
 
 _SEED = "917263548091"  # stands for any seed; in no config
 
 
-@lru_cache(maxsize=256)
-def _seedless(paper: str, name: str, overrides: tuple[str, ...]) -> str | None:
-    """The tree as JSON with `_SEED` for the seed, or None where a seed may do more than stand in some places.
+@lru_cache(maxsize=1024)
+def _composed(paper: str, name: str, overrides: tuple[str, ...]) -> str | None:
+    """The tree as JSON, or None where a seed may do more than stand in some places, so that each has to be composed.
 
     It can do no more where values only name other values: without resolvers, without a name put together from others,
-    and where no text has it within.
+    and where no text has it within. Such a tree depends on nothing but files and overrides, so it is kept on disk:
+    Hydra takes seconds for a paper, and hashing all configs takes a few milliseconds.
     """
+
+    def make() -> str | None:
+        tree = _tree(paper, name, overrides)
+        plain = _resolve(tree, f"{paper}/{name}")
+        values = list(_scalars(plain))
+        refuse_secrets("\n".join(map(str, values)), where=f"{paper}/{name}")
+        within = any(_SEED in str(value) and value != int(_SEED) for value in values)
+        return json.dumps(plain) if _is_plain(tree) and not within else None
+
+    return remember(_sources(), json.dumps([paper, name, overrides]), make)
+
+
+def _is_plain(tree: DictConfig) -> bool:
     from omegaconf import OmegaConf
 
-    tree = _tree(paper, name, overrides)
     written = map(str, _scalars(OmegaConf.to_container(tree)))
-    if any(re.search(r"\$\{[^}]*(:|\$\{)", text) for text in written):
-        return None
-    _set(tree, f"seed={_SEED}")
-    plain = _resolve(tree, f"{paper}/{name}")
-    within = any(_SEED in str(value) and value != int(_SEED) for value in _scalars(plain))
-    return None if within else json.dumps(plain)
+    return not any(re.search(r"\$\{[^}]*(:|\$\{)", text) for text in written)
+
+
+@lru_cache(maxsize=1)
+def _sources() -> str:
+    """A hash of all that a composed tree comes from: every config, this file, the libraries."""
+    found = hashlib.sha256(repr([version(name) for name in ("hydra-core", "omegaconf")]).encode())
+    for path in (Path(__file__), *sorted(CONFIGS.rglob("*.yaml"))):
+        content = path.read_bytes()
+        found.update(f"{path} {len(content)}\n".encode() + content)
+    return found.hexdigest()
 
 
 def _resolve(tree: DictConfig, source: str) -> dict[str, Any]:

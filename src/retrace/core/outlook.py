@@ -43,7 +43,9 @@ class Outlook:
     run: str  # the command that starts them
 
 
-def outlooks(slug: str, claims: Sequence[Claim], *, scales: Sequence[str], records: Sequence[Record]) -> tuple[Outlook, ...]:
+def outlooks(
+    slug: str, claims: Sequence[Claim], *, scales: Sequence[str], records: Sequence[Record]
+) -> tuple[Outlook, ...]:
     """Of every scale that judges claims and has runs without a record. `records`: all of the paper's."""
     recorded = {record.id for record in records}
     found = []
