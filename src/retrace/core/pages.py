@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 OUTCOME_SYMBOLS = dict(zip(OUTCOMES, ("\u2713", "\u2197", "\u2717", "?", "\u2013", "\u2013"), strict=True))
 
 
+@lru_cache(maxsize=1)
 def environment() -> Any:
     """The templates of all pages, with the filters that they use."""
     import jinja2
