@@ -16,7 +16,7 @@ CLAIMS = load_claims(CONFIGS / SLUG / "claims.yaml")
 
 def test_the_paper_scale_costs_what_its_plan_says_and_each_run_counts_once() -> None:
     (found,) = outlooks(SLUG, CLAIMS, scales=["smoke", "paper"], records=[])
-    specs = plan([SLUG], ["scale=paper", *MACHINES["paper"]])
+    specs = plan([SLUG], ["scale=paper", f"hardware={MACHINES['paper']}"])
     hardware = specs[0].hardware
     assert hardware.peak_flops is not None
     assert hardware.planned_mfu is not None

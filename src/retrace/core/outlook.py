@@ -12,11 +12,7 @@ from retrace.core.planview import cost_of, expected_times
 from retrace.core.record import Record
 from retrace.core.units import si
 
-MACHINES: dict[str, tuple[str, ...]] = {  # what each scale is planned on: the smallest machine that it is made for
-    "laptop": ("hardware=cpu",),
-    "gpu": ("hardware=gpu1", "hardware.peak_flops=989.0e+12", "hardware.planned_mfu=0.3"),
-    "paper": ("hardware=gpu8",),
-}
+MACHINES = {"laptop": "cpu", "gpu": "gpu1_h100", "paper": "gpu8"}  # the smallest hardware that each scale is made for
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ def outlooks(
     for scale in scales:
         judged = tuple(claim.id for claim in claims if scale in claim.testable_at)
         if scale in MACHINES and judged:
-            words = [f"scale={scale}", *MACHINES[scale]]
+            words = [f"scale={scale}", f"hardware={MACHINES[scale]}"]
             specs = [spec for spec in plan([slug], words) if spec.id not in recorded]
             if specs:
                 found.append(_outlook(slug, scale, judged, specs, words, records))
@@ -73,8 +69,9 @@ def _outlook(
 
     def need(name: str, runs: Iterable[RunSpec]) -> Need:
         some = list(runs)
-        known = [time.seconds for spec in some if (time := times[spec.id]) is not None]
-        total = sum(known) * hardware.processes / 3600 if len(known) == len(some) else None
+        counted = [spec for spec in some if costs[spec.id].has_model or times[spec.id] is not None]
+        known = [time.seconds for spec in counted if (time := times[spec.id]) is not None]
+        total = sum(known) * hardware.processes / 3600 if len(known) == len(counted) else None
         return Need(name, len(some), sum(costs[spec.id].flops for spec in some), total)
 
     names = dict.fromkeys(label.partition("/")[0] for spec in specs for label in spec.labels)
@@ -86,7 +83,7 @@ def _outlook(
         unit="GPU-hours" if hardware.device == "cuda" else "core-hours",
         assumption=_assumption(hardware),
         plan=f"retrace plan {slug} {' '.join(words)}",
-        run=f"retrace run {slug} {' '.join(words[:2])}",
+        run=f"retrace run {slug} {' '.join(words)}",
     )
 
 
