@@ -100,14 +100,27 @@ def list_() -> None:
 
 
 @app.command()
-def plan(words: Words) -> None:
-    """Show the runs that a command would need, with what each costs, and start nothing."""
+def plan(
+    words: Words,
+    power: Annotated[
+        bool,
+        typer.Option("--power", help="Show instead how many seeds would decide each claim"),
+    ] = False,
+) -> None:
+    """Show the runs that a command would need, with time, memory, GPU-hours and price, and start nothing."""
     from retrace.core import plan as planning
-    from retrace.core.planview import print_plan
     from retrace.core.store import Store
 
     targets, overrides = split(words)
-    print_plan(planning.plan(targets, overrides), store=Store(), console=console)
+    specs = planning.plan(targets, overrides)
+    if power:
+        from retrace.core.results import print_power
+
+        print_power(specs, store=Store(), console=console)
+    else:
+        from retrace.core.planview import print_plan
+
+        print_plan(specs, store=Store(), console=console)
 
 
 @app.command()

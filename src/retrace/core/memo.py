@@ -27,11 +27,11 @@ def remember(sources: str, key: str, make: Callable[[], str | None]) -> str | No
         text = path.read_text()
         json.loads(text)
         return text
-    text = make()
-    if text is not None:
+    made = make()
+    if made is not None:
         with contextlib.suppress(OSError):  # a full disk or a folder of somebody else: made again next time
-            _keep(path, text)
-    return text
+            _keep(path, made)
+    return made
 
 
 def _keep(path: Path, text: str) -> None:

@@ -171,7 +171,10 @@ def _reckoned(times: Sequence[Expected | None], hardware: Hardware, check: Check
     if any(time is not None and time.measured for time in times):
         yield "how: time without '~' = FLOPs / speed of runs of that program and scale on record for this hardware"
     if any(time is None for time in times):
-        yield "how: time '-': no run of that program and scale is on record for this hardware yet"
+        hint = (
+            "a program without a model is not planned from FLOPs" if planned else "peak_flops and planned_mfu plan it"
+        )
+        yield f"how: time '-': no run of that program and scale is on record for this hardware; {hint}"
     if check is not None:
         yield (
             f"checked: {check.runs} runs on record ({'; '.join(check.where)}), each predicted from FLOPs and the speed "

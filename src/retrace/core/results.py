@@ -8,12 +8,14 @@ from functools import lru_cache
 
 from rich.console import Console
 
+from retrace.core import power
 from retrace.core.claims import Claim, load_claims, load_words
 from retrace.core.config import CONFIGS, SCALES
 from retrace.core.outlook import outlooks
 from retrace.core.overview import Judged, build_overview
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec, load_ablations, plan
+from retrace.core.planview import cost_of, expected_times, records_of
 from retrace.core.record import Record
 from retrace.core.report import build_report, print_verdicts
 from retrace.core.samples import Planned
@@ -25,7 +27,7 @@ def judge_paper(slug: str, *, store: Store) -> Judged:
     """A paper's records, read once, and its verdicts at every scale that judges claims and has records."""
     claims, records = _claims(slug), store.records(slug)
     judging = {scale for claim in claims for scale in claim.testable_at} & {record.scale for record in records}
-    verdicts = {
+    verdicts: dict[str, tuple[Verdict, ...]] = {
         scale: judge_all(claims, records, scale=scale, planned=planned_runs(slug, records, scale=scale, store=store))
         for scale in _scales(slug)
         if scale in judging
@@ -64,6 +66,18 @@ def overview(judged: Sequence[Judged], *, store: Store, console: Console) -> Non
     """Write results/index.html and README.md: every paper, at every scale that has records."""
     build_overview(judged, now=datetime.now(UTC), out=store.results)
     console.print(f"all papers: {store.results / 'index.html'} and README.md beside it", soft_wrap=True)
+
+
+def print_power(specs: Sequence[RunSpec], *, store: Store, console: Console) -> None:
+    """How many seeds would decide the claims on the planned runs, from the records of their scale and smaller ones."""
+    records = records_of(specs, store=store)
+    times = expected_times(specs, {spec.id: cost_of(spec) for spec in specs}, records)
+    for slug, scale in dict.fromkeys((spec.paper, spec.scale) for spec in specs):
+        own = [spec for spec in specs if (spec.paper, spec.scale) == (slug, scale)]
+        verdicts = judge_paper(slug, store=store).verdicts
+        plan_ = power.plan_power(_claims(slug), verdicts, own, times, scale=scale)
+        unit = "GPU-hours" if own[0].hardware.device == "cuda" else "core-hours"
+        power.show(slug, plan_, scale, unit=unit, console=console)
 
 
 def _claims(slug: str) -> tuple[Claim, ...]:
