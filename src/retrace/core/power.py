@@ -20,7 +20,7 @@ from retrace.core.claims import Claim
 from retrace.core.config import SCALES
 from retrace.core.cost import Expected
 from retrace.core.plan import RunSpec
-from retrace.core.reportview import view_verdict
+from retrace.core.reportview import show as texts_of
 from retrace.core.stats import POWER, seeds_needed, spread_range
 from retrace.core.verdicts import MIN_PAIRS, Verdict
 
@@ -80,7 +80,7 @@ def plan_power(
 
 
 def _seen(claim: Claim, verdicts: Sequence[Verdict]) -> Verdict | None:
-    """The verdict that tells the spread: of the claim itself, at the first scale that has it, or of its like."""
+    """The verdict that tells the spread: the claim's own, at the first scale that has it, or the widest of its like."""
     known = [v for v in verdicts if v.estimate is not None and v.estimate.sd is not None]
     own = [v for v in known if v.claim.id == claim.id]
     like = [v for v in known if _kind(v.claim) == _kind(claim)]
@@ -145,10 +145,10 @@ def show(slug: str, plan: PowerPlan, scale: str, *, unit: str, console: Console)
 
 
 def _cells(power: Power) -> tuple[str, ...]:
-    view, seen = view_verdict(power.seen), power.seen
+    seen, shown = power.seen, texts_of(power.seen.estimate, sign=True)
     where = f"{seen.scale}, n={len(seen.seeds)}" + ("" if seen.claim.id == power.claim.id else f", {seen.claim.id}")
     hours = "-" if power.hours is None else f"{power.hours:,.3g}"
-    difference = f"{view.shown.mean} {view.shown.interval}"
+    difference = f"{shown.mean} {shown.interval}"
     return power.claim.id, difference, where, seen.outcome, str(power.planned), _needed(power), hours
 
 
@@ -164,14 +164,14 @@ def _told(plan: PowerPlan, scale: str) -> Iterator[str]:
     if plan.known:
         sources = " and ".join(dict.fromkeys(power.seen.scale for power in plan.known))
         yield (
-            f"how: with so many seeds the 95 % interval lies where the claim wants it, with {100 * POWER:.0f} % probability; "
-            "in brackets for the ends of the 80 % interval of the spread"
+            f"how: with so many seeds the 95 % interval lies where the claim wants it, with {100 * POWER:.0f} % "
+            "probability; in brackets for the ends of the 80 % interval of the spread"
         )
         yield f"assumed: at scale {scale} the true difference and its spread over seeds are those seen at {sources}"
     if any(power.why_not for power in plan.known):
         yield "none: by what was seen the claim is not decidable, as it is made, by more seeds"
     if any(power.seen.claim.id != power.claim.id for power in plan.known):
-        yield "where a second claim is named, the numbers are its: the same arms and kind of metric on another test"
+        yield "where a second claim is named, the numbers are its: the same arms and kind of metric, on another test"
     if plan.unknown:
         names = ", ".join(claim.id for claim in plan.unknown)
         yield f"spread not known, as nothing like it is on record with two seeds at scale {scale} or below: {names}"
