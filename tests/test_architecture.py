@@ -18,9 +18,9 @@ LAYER_0 = {
     "cli", "core.claims", "core.compose", "core.config", "core.cost", "core.doctor", "core.figures",
     "core.identity", "core.launch", "core.memo", "core.outlook", "core.overview", "core.pages", "core.paper",
     "core.plan", "core.planview", "core.power", "core.profiles", "core.progress", "core.provenance", "core.record",
-    "core.report", "core.reportfigures", "core.reportruns", "core.reportview", "core.results", "core.samplefigure", "core.samples",
-    "core.scales", "core.slurm", "core.snapshot", "core.squeue", "core.stats", "core.statusview", "core.store",
-    "core.svg", "core.tasks", "core.texts", "core.units", "core.verdictfigures", "core.verdicts",
+    "core.report", "core.reportfigures", "core.reportruns", "core.reportview", "core.results", "core.samplefigure",
+    "core.samples", "core.scales", "core.slurm", "core.snapshot", "core.squeue", "core.stats", "core.statusview",
+    "core.store", "core.svg", "core.tasks", "core.texts", "core.units", "core.verdictfigures", "core.verdicts",
 }  # fmt: skip
 HOMES = {
     "hydra": ("core.compose",), "wandb": ("core.tracking",), "lm_eval": ("core.evaluate", "plugin"),
