@@ -111,7 +111,7 @@ def _composed(paper: str, name: str, overrides: tuple[str, ...]) -> str | None:
         within = any(_SEED in str(value) and value != int(_SEED) for value in values)
         return None if within else json.dumps(plain)
 
-    return remember(_sources(), json.dumps([paper, name, overrides]), make)
+    return remember(_sources(paper), json.dumps([paper, name, overrides]), make)
 
 
 def _is_plain(tree: DictConfig) -> bool:
@@ -121,11 +121,12 @@ def _is_plain(tree: DictConfig) -> bool:
     return not any(re.search(r"\$\{[^}]*(:|\$\{)", text) for text in written)
 
 
-@lru_cache(maxsize=1)
-def _sources() -> str:
-    """A hash of all that a composed tree comes from: every config, this file, the libraries."""
+@lru_cache(maxsize=16)
+def _sources(paper: str) -> str:
+    """A hash of all that a paper's composed trees come from: its configs, those of all papers, this file, libraries."""
     found = hashlib.sha256(repr([version(name) for name in ("hydra-core", "omegaconf")]).encode())
-    for path in (Path(__file__), *sorted(CONFIGS.rglob("*.yaml"))):
+    shared = (path for path in CONFIGS.glob("*/*.yaml") if not (path.parent / "main.yaml").is_file())
+    for path in (Path(__file__), *sorted(shared), *sorted((CONFIGS / paper).rglob("*.yaml"))):
         content = path.read_bytes()
         found.update(f"{path} {len(content)}\n".encode() + content)
     return found.hexdigest()
