@@ -168,19 +168,20 @@ class Check:
 
 def check_times(records: Iterable[Record]) -> Check | None:
     """None where no program of one scale and hardware config has runs of two arms."""
-    groups: dict[tuple[str, str, str, str], list[tuple[Record, frozenset[str]]]] = {}
+    groups: dict[tuple[str, str, str, str], dict[frozenset[str], list[Record]]] = {}
     for record in records:
         if record.cost.seconds and record.cost.flops:
             key = (record.paper, record.program, record.scale, str(record.provenance.get("hardware_config")))
             arms = frozenset(label.rpartition("/s")[0] for label in record.labels)
-            groups.setdefault(key, []).append((record, arms))
+            groups.setdefault(key, {}).setdefault(arms, []).append(record)
     pairs: list[tuple[float, float]] = []
     where: set[str] = set()
-    for (_, _, scale, hardware), runs in groups.items():
-        for record, arms in runs:
-            others = [_rate(other) for other, theirs in runs if not arms & theirs]
+    for (_, _, scale, hardware), by_arms in groups.items():
+        for arms, runs in by_arms.items():
+            others = [_rate(other) for theirs, group in by_arms.items() if not arms & theirs for other in group]
             if others:
-                pairs.append((_rate(record) * _seconds(record) / median(others), _seconds(record)))
+                speed = median(others)
+                pairs += [(_rate(record) * _seconds(record) / speed, _seconds(record)) for record in runs]
                 where.add(f"{scale} on {hardware}")
     if not pairs:
         return None
