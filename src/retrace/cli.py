@@ -102,10 +102,7 @@ def list_() -> None:
 @app.command()
 def plan(
     words: Words,
-    power: Annotated[
-        bool,
-        typer.Option("--power", help="Show instead how many seeds would decide each claim"),
-    ] = False,
+    power: Annotated[bool, typer.Option("--power", help="Show instead how many seeds would decide each claim")] = False,
 ) -> None:
     """Show the runs that a command would need, with time, memory, GPU-hours and price, and start nothing."""
     from retrace.core import plan as planning
