@@ -18,8 +18,8 @@ from retrace.papers.mm1.world import Scene, draw_scene
 
 BLOCK = 64  # images: a batch of the laptop scale
 DIGIT_BLOCKS = 300  # at the start, until digits are read; with color in the captions they are not, in 1000 steps
-SCENE, DIGITS = (0, 1), (2, 3, 4, 5)  # places in a caption; a pair of color and shape stays one that is trained on
-VARIED = (SCENE, DIGITS, DIGITS[:2], DIGITS[2:])  # what a later block's images differ in
+SCENE = (0, 1)  # places in a caption; a pair of color and shape stays one that is trained on
+VARIED = (SCENE, (2, 3), (4, 5))  # what a later block's images differ in
 
 
 @dataclass(frozen=True)
