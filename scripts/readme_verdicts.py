@@ -30,7 +30,8 @@ def verdicts_of(slug: str, scale: str) -> tuple[Verdict, ...]:
     """Of every claim of a paper, at one scale."""
     store = Store(ROOT)
     claims = load_claims(configs_of(slug) / "claims.yaml")
-    return judge_all(claims, store.records(slug), scale=scale, planned=planned_runs(slug, scale=scale, store=store))
+    records = store.records(slug)
+    return judge_all(claims, records, scale=scale, planned=planned_runs(slug, records, scale=scale, store=store))
 
 
 def table(verdicts: list[Verdict], *, paper: bool) -> Iterator[str]:

@@ -82,14 +82,24 @@ def list_(slugs: Slugs = None) -> None:
 
 
 @app.command(epilog=teach("plan"))
-def plan(words: Words) -> None:
-    """Show the runs that a command would need, with what each costs, and start nothing."""
+def plan(
+    words: Words,
+    power: Annotated[bool, typer.Option("--power", help="Show instead how many seeds would decide each claim")] = False,
+) -> None:
+    """Show the runs that a command would need, with time, memory, GPU-hours and price, and start nothing."""
     from retrace.core import plan as planning
-    from retrace.core.planview import print_plan
     from retrace.core.store import Store
 
     targets, overrides = split(words)
-    print_plan(planning.plan(targets, overrides), store=Store(), console=console)
+    specs = planning.plan(targets, overrides)
+    if power:
+        from retrace.core.results import print_power
+
+        print_power(specs, store=Store(), console=console)
+    else:
+        from retrace.core.planview import print_plan
+
+        print_plan(specs, store=Store(), console=console)
 
 
 @app.command(epilog=teach("run"))
@@ -187,9 +197,12 @@ def report(
         if "=" in slug or "/" in slug:
             raise ValueError(f"{slug}: `report` takes papers and --scale, as in retrace report quietstar --scale gpu")
         load_paper(slug)
-    for slug in slugs or [slug for slug in papers() if Store().records(slug)]:
-        results.report(slug, scale=scale, store=Store(), console=console)
-    results.overview(store=Store(), console=console)
+    store = Store()
+    judged = {slug: results.judge_paper(slug, store=store) for slug in papers()}
+    for slug in slugs or [slug for slug, found in judged.items() if found.records]:
+        results.report(judged[slug], scale=scale, store=store, console=console)
+    here = [found for slug, found in judged.items() if (store.results / slug).is_dir()]
+    results.overview(here, store=store, console=console)
 
 
 @app.command(epilog=teach("publish"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from retrace.core.config import Hardware
-from retrace.core.cost import Cost, Expected, Memory, expected_time
+from retrace.core.cost import Cost, Expected, Memory, check_times, expected_time
 from retrace.core.optim import Precision
+from retrace.core.record import Record, RunCost
 
 N = 1000
 
@@ -75,3 +76,45 @@ def test_time_is_measured_before_it_is_planned_and_unknown_without_either() -> N
     assert expected_time(cost, "train", {"evaluate": 5e11}, planned) == Expected(4.0, measured=False)
     assert expected_time(cost, "train", {}, hardware(peak_flops=1e12)) is None
     assert expected_time(cost, "train", {}, hardware(planned_mfu=0.5)) is None
+
+
+def record(arm: str, seconds: float, *, flops: float = 100.0, program: str = "train", hardware: str = "cpu") -> Record:
+    return Record(
+        id=f"demo-{program}-{arm}-{seconds:g}".replace(".", "-"),
+        paper="demo",
+        program=program,
+        recipe=1,
+        labels=(f"size/{arm}/s0",),
+        scale="laptop",
+        seed=0,
+        status="DONE",
+        config={},
+        parents={},
+        metrics={},
+        series={},
+        cost=RunCost(flops=flops, seconds=seconds),
+        provenance={"hardware_config": hardware},
+    )
+
+
+def test_times_on_record_are_checked_against_the_speed_of_other_arms() -> None:
+    found = check_times([record("small", 1.0), record("large", 2.0, flops=300.0), record("alone", 9.0, program="fit")])
+    assert found is not None
+    assert found.runs == 2  # no other arm has a run of the second program
+    # 100 FLOPs at 150 a second: 0.67 s where it took 1; 300 FLOPs at 100 a second: 3 s where it took 2
+    assert found.half == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert found.most == pytest.approx(1 / 2)
+    assert found.total == pytest.approx((2 / 3 + 3) / 3)
+    assert found.where == ("laptop on cpu",)
+
+
+def test_runs_of_one_arm_or_of_other_hardware_predict_nothing() -> None:
+    assert check_times([record("small", 1.0), record("small", 2.0)]) is None
+    assert check_times([record("small", 1.0), record("large", 2.0, hardware="gpu1")]) is None
+
+
+def test_what_has_no_model_is_planned_from_no_peak() -> None:
+    counting = Cost(10, 10.0, Memory(0, 0, "fp32", 0.0, 0.0))
+    planned = hardware(peak_flops=1e12, planned_mfu=0.5)
+    assert expected_time(counting, "prepare", {}, planned) is None
+    assert expected_time(counting, "prepare", {"prepare": 5.0}, planned) == Expected(2.0, measured=True)

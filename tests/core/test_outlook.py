@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from retrace.core.claims import load_claims
@@ -11,15 +9,14 @@ from retrace.core.config import CONFIGS
 from retrace.core.outlook import MACHINES, outlooks
 from retrace.core.plan import plan
 from retrace.core.planview import cost_of
-from retrace.core.store import Store
 
 SLUG = "quietstar"
 CLAIMS = load_claims(CONFIGS / SLUG / "claims.yaml")
 
 
-def test_the_paper_scale_costs_what_its_plan_says_and_each_run_counts_once(tmp_path: Path) -> None:
-    (found,) = outlooks(SLUG, CLAIMS, scales=["smoke", "paper"], store=Store(tmp_path))
-    specs = plan([SLUG], ["scale=paper", *MACHINES["paper"]])
+def test_the_paper_scale_costs_what_its_plan_says_and_each_run_counts_once() -> None:
+    (found,) = outlooks(SLUG, CLAIMS, scales=["smoke", "paper"], records=[])
+    specs = plan([SLUG], ["scale=paper", f"hardware={MACHINES['paper']}"])
     hardware = specs[0].hardware
     assert hardware.peak_flops is not None
     assert hardware.planned_mfu is not None
@@ -33,7 +30,7 @@ def test_the_paper_scale_costs_what_its_plan_says_and_each_run_counts_once(tmp_p
     assert found.claims == tuple(claim.id for claim in CLAIMS if "paper" in claim.testable_at)
 
 
-def test_time_that_is_not_known_is_not_guessed(tmp_path: Path) -> None:
-    (found,) = outlooks(SLUG, CLAIMS, scales=["laptop"], store=Store(tmp_path))
+def test_time_that_is_not_known_is_not_guessed() -> None:
+    (found,) = outlooks(SLUG, CLAIMS, scales=["laptop"], records=[])
     assert found.unit == "core-hours"
     assert found.total.hours is None

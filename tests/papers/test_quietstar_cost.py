@@ -52,17 +52,36 @@ def test_the_paper_scale_is_planned_for_eight_gpus_on_a_machine_without_any(retr
     command = ["plan", "quietstar/thoughts", "scale=paper", "seed=0"]
     done = retrace(*command, "hardware=gpu8", RETRACE_DATA="", HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"train-\w+ +(\S+) +PLANNED +205k +(\S+)P +~(\S+ ?\S*) +(\S+) +(\S+)GB \+ (\S+)GB", done.stdout)
+    rows = re.findall(
+        r"train-\w+ +(\S+) +1 +PLANNED +205k +(\S+)P +~(\S+ ?\S*) +(\S+) +(\S+)GB \+ (\S+)GB", done.stdout
+    )
     assert [label for label, *_ in rows] == ["thoughts/none/s0", "thoughts/thoughts/s0"]
     for _, petaflops, _, hours, state, activations in rows:
         assert float(hours) == pytest.approx(float(petaflops) * 1e15 / (989e12 * 0.3) / 3600, rel=0.02)
         assert float(state) + float(activations) < 80
     assert float(rows[1][1]) * 1e15 == pytest.approx(2.7e17, rel=0.2)  # specification 6.1: 6N a token of 15 passes
-    assert "GPU-hours with 1 side by side on 'gpu8'" in done.stdout
-    assert "time '~': planned, not measured: hardware.planned_mfu=0.3 of 989TFLOP/s on each of 8 x cuda" in done.stdout
+    assert "with 1 run at a time on 'gpu8'" in done.stdout
+    assert "all runs fit into 80 GB" in done.stdout
+    formula = "FLOPs / (8 GPUs, or 1 for work that is not shared, x 989T FLOP/s x hardware.planned_mfu=0.3)"
+    assert f"how: time '~' = {formula}: planned, not measured" in done.stdout
+    assert "not checked: peak x planned_mfu" in done.stdout
+    assert "price: add hardware.price_per_hour=PRICE" in done.stdout
     unknown = retrace(*command, "hardware=gpu8", "hardware.planned_mfu=null", RETRACE_DATA="")
-    assert "about -, - GPU-hours" in unknown.stdout
+    assert "wall time, GPU-hours: not known" in unknown.stdout
     assert "~" not in unknown.stdout
+
+
+def test_a_plan_says_what_a_sweep_costs_and_what_does_not_fit(retrace: Run) -> None:
+    command = ["plan", "quietstar/thoughts", "scale=paper", "hardware=gpu8", "hardware.price_per_hour=3"]
+    done = retrace(*command, "hardware.memory_gb=40", RETRACE_DATA="")
+    assert done.returncode == 0, done.stderr
+    (hours,) = re.findall(r"GPU-hours: (\S+) = \S+ hours of runs x 8 GPUs", done.stdout)
+    (price,) = re.findall(r"price: (\S+) = GPU-hours x hardware.price_per_hour=3\n", done.stdout)
+    assert float(price) == pytest.approx(3 * float(hours), rel=0.01)
+    assert re.search(
+        r"memory: 4\d\.\d GB on a GPU at most \(train of thoughts/thoughts\); 3 of 12 runs DO NOT FIT", done.stdout
+    )
+    assert done.stdout.count("quietstar-train ") == 2  # a line an arm, whatever the number of seeds
 
 
 def test_counts_follow_precision_sharding_and_activation_checkpointing() -> None:

@@ -63,6 +63,11 @@ class Cost:
     memory: Memory
     shared: bool = True
 
+    @property
+    def has_model(self) -> bool:
+        """Whether the FLOPs are those of matrix products."""
+        return self.memory.parameters > 0
+
     def state_bytes(self, hardware: Hardware) -> float:
         """Bytes in one process that stay: weights, gradients, moments."""
         return self.memory.state(hardware if self.shared else _alone(hardware))
@@ -134,13 +139,67 @@ class Expected:
 
 
 def expected_time(cost: Cost, program: str, rates: dict[str, float], hardware: Hardware) -> Expected | None:
-    """From runs of this program that were measured; else from the hardware's peak and planned MFU; else None."""
+    """From runs of this program that were measured; else from the hardware's peak and planned MFU; else None.
+
+    What has no model, such as the training of a tokenizer, reaches no share of a peak.
+    """
     if program in rates:
         return Expected(cost.flops / rates[program], measured=True)
-    if hardware.peak_flops is None or hardware.planned_mfu is None:
+    if hardware.peak_flops is None or hardware.planned_mfu is None or not cost.has_model:
         return None
     workers = hardware.processes if cost.shared else 1
     return Expected(cost.flops / (workers * hardware.peak_flops * hardware.planned_mfu), measured=False)
+
+
+@dataclass(frozen=True)
+class Check:
+    """How well counted FLOPs predict the times of `runs` on record, each from the speed of the other arms' runs.
+
+    `half` and `most`: the errors, as shares of the measured time, that half and nine tenths of the runs stay within.
+    `total`: predicted over measured time of all of them. `where`: scales and hardware configs of the runs.
+    """
+
+    runs: int
+    half: float
+    most: float
+    total: float
+    where: tuple[str, ...]
+
+
+def check_times(records: Iterable[Record]) -> Check | None:
+    """None where no program of one scale and hardware config has runs of two arms."""
+    groups: dict[tuple[str, str, str, str], dict[frozenset[str], list[Record]]] = {}
+    for record in records:
+        if record.cost.seconds and record.cost.flops:
+            key = (record.paper, record.program, record.scale, str(record.provenance.get("hardware_config")))
+            arms = frozenset(label.rpartition("/s")[0] for label in record.labels)
+            groups.setdefault(key, {}).setdefault(arms, []).append(record)
+    pairs: list[tuple[float, float]] = []
+    where: set[str] = set()
+    for (_, _, scale, hardware), by_arms in groups.items():
+        for arms, runs in by_arms.items():
+            others = [_rate(other) for theirs, group in by_arms.items() if not arms & theirs for other in group]
+            if others:
+                speed = median(others)
+                pairs += [(_rate(record) * _seconds(record) / speed, _seconds(record)) for record in runs]
+                where.add(f"{scale} on {hardware}")
+    if not pairs:
+        return None
+    errors = sorted(abs(predicted / measured - 1) for predicted, measured in pairs)
+    most = errors[min(len(errors) - 1, 9 * len(errors) // 10)]
+    total = sum(predicted for predicted, _ in pairs) / sum(measured for _, measured in pairs)
+    return Check(len(pairs), median(errors), most, total, tuple(sorted(where)))
+
+
+def _seconds(record: Record) -> float:
+    assert record.cost.seconds
+    return record.cost.seconds
+
+
+def _rate(record: Record) -> float:
+    """FLOPs a second."""
+    assert record.cost.flops
+    return record.cost.flops / _seconds(record)
 
 
 def makespan(seconds: Sequence[float | None], slots: int) -> float | None:

@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from retrace.core.claims import Claim
 from retrace.core.config import Hardware
 from retrace.core.plan import RunSpec, plan
-from retrace.core.planview import cost_of, expected_seconds
-from retrace.core.store import Store
+from retrace.core.planview import cost_of, expected_times
+from retrace.core.record import Record
 from retrace.core.units import si
 
-MACHINES: dict[str, tuple[str, ...]] = {  # what each scale is planned on: the smallest machine that it is made for
-    "laptop": ("hardware=cpu",),
-    "gpu": ("hardware=gpu1", "hardware.peak_flops=989.0e+12", "hardware.planned_mfu=0.3"),
-    "paper": ("hardware=gpu8",),
-}
+MACHINES = {"laptop": "cpu", "gpu": "gpu1_h100", "paper": "gpu8"}  # the smallest hardware that each scale is made for
 
 
 @dataclass(frozen=True)
@@ -43,31 +39,40 @@ class Outlook:
     run: str  # the command that starts them
 
 
-def outlooks(slug: str, claims: Sequence[Claim], *, scales: Sequence[str], store: Store) -> tuple[Outlook, ...]:
-    """Of every scale that judges claims and has runs without a record."""
-    recorded = {record.id for record in store.records(slug)}
+def outlooks(
+    slug: str, claims: Sequence[Claim], *, scales: Sequence[str], records: Sequence[Record]
+) -> tuple[Outlook, ...]:
+    """Of every scale that judges claims and has runs without a record. `records`: all of the paper's."""
+    recorded = {record.id for record in records}
     found = []
     for scale in scales:
         judged = tuple(claim.id for claim in claims if scale in claim.testable_at)
         if scale in MACHINES and judged:
-            words = [f"scale={scale}", *MACHINES[scale]]
+            words = [f"scale={scale}", f"hardware={MACHINES[scale]}"]
             specs = [spec for spec in plan([slug], words) if spec.id not in recorded]
             if specs:
-                found.append(_outlook(slug, scale, judged, specs, words, store))
+                found.append(_outlook(slug, scale, judged, specs, words, records))
     return tuple(found)
 
 
 def _outlook(
-    slug: str, scale: str, claims: tuple[str, ...], specs: Sequence[RunSpec], words: Sequence[str], store: Store
+    slug: str,
+    scale: str,
+    claims: tuple[str, ...],
+    specs: Sequence[RunSpec],
+    words: Sequence[str],
+    records: Sequence[Record],
 ) -> Outlook:
     hardware = specs[0].hardware
-    seconds = expected_seconds(specs, store=store)
+    costs = {spec.id: cost_of(spec) for spec in specs}
+    times = expected_times(specs, costs, records)
 
     def need(name: str, runs: Iterable[RunSpec]) -> Need:
         some = list(runs)
-        known = [seconds[spec.id] for spec in some]
-        total = None if None in known else sum(value for value in known if value) * hardware.processes / 3600
-        return Need(name, len(some), sum(cost_of(spec).flops for spec in some), total)
+        counted = [spec for spec in some if costs[spec.id].has_model or times[spec.id] is not None]
+        known = [time.seconds for spec in counted if (time := times[spec.id]) is not None]
+        total = sum(known) * hardware.processes / 3600 if len(known) == len(counted) else None
+        return Need(name, len(some), sum(costs[spec.id].flops for spec in some), total)
 
     names = dict.fromkeys(label.partition("/")[0] for spec in specs for label in spec.labels)
     return Outlook(
@@ -78,7 +83,7 @@ def _outlook(
         unit="GPU-hours" if hardware.device == "cuda" else "core-hours",
         assumption=_assumption(hardware),
         plan=f"retrace plan {slug} {' '.join(words)}",
-        run=f"retrace run {slug} {' '.join(words[:2])}",
+        run=f"retrace run {slug} {' '.join(words)}",
     )
 
 

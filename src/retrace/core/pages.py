@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from functools import lru_cache
+from html import escape
 from pathlib import Path
 from typing import Any
 
+from retrace.core.record import Record
 from retrace.core.reportruns import anchor
 from retrace.core.svg import STYLE
 from retrace.core.units import duration, si
@@ -16,6 +20,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 OUTCOME_SYMBOLS = dict(zip(OUTCOMES, ("\u2713", "\u2197", "\u2717", "?", "\u2013", "\u2013"), strict=True))
 
 
+@lru_cache(maxsize=1)
 def environment() -> Any:
     """The templates of all pages, with the filters that they use."""
     import jinja2
@@ -36,6 +41,8 @@ def environment() -> Any:
         "duration": duration,
         "word": _word,
         "anchor": anchor,
+        "cells": _cells,
+        "md_cells": _markdown_cells,
         "plain": _plain,
         "hours": _hours,
         "numbers": numbers,
@@ -49,6 +56,25 @@ def markdown(content: object) -> str:
     """Text that stays text in Markdown, in a table as well."""
     escaped = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", str(content).replace("&", "&amp;").replace("<", "&lt;"))
     return " ".join(escaped.split())
+
+
+def _cells(cells: Iterable[tuple[str, Record | None]]) -> Any:
+    """Table cells, each a number that leads to its run, or why there is none. A report has up to 100,000 of them."""
+    from markupsafe import Markup
+
+    return Markup(
+        "".join(
+            f'<td><a href="#{anchor(record)}">{escape(text)}</a></td>'
+            if record
+            else f'<td><span class="soft">{escape(text)}</span></td>'
+            for text, record in cells
+        )
+    )
+
+
+def _markdown_cells(cells: Iterable[tuple[str, Record | None]]) -> str:
+    """The same in a Markdown table."""
+    return "".join(f" [{text}][{anchor(record)}] |" if record else f" {text} |" for text, record in cells)
 
 
 def _arrow(content: str) -> str:

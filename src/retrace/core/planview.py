@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from retrace.core.config import Hardware
-from retrace.core.cost import Cost, Expected, expected_time, makespan, measured_rates
+from retrace.core.cost import Check, Cost, Expected, check_times, expected_time, makespan, measured_rates
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
+from retrace.core.record import Record
 from retrace.core.store import State, Store
 from retrace.core.units import duration, si
+
+LIBRARIES = 0.6e9  # bytes that a process takes beside its tensors
 
 
 def cost_of(spec: RunSpec) -> Cost:
@@ -21,86 +25,172 @@ def cost_of(spec: RunSpec) -> Cost:
     return load_paper(spec.paper).programs[spec.program].cost(spec.config)
 
 
-def expected_times(specs: Sequence[RunSpec], *, store: Store) -> dict[str, Expected | None]:
-    """How long each run should take, and how that is known; None where it is not."""
+def records_of(specs: Iterable[RunSpec], *, store: Store) -> list[Record]:
+    """Every record of the papers that the runs are of."""
+    return [record for slug in dict.fromkeys(spec.paper for spec in specs) for record in store.records(slug)]
+
+
+def expected_times(
+    specs: Sequence[RunSpec], costs: Mapping[str, Cost], records: Sequence[Record]
+) -> dict[str, Expected | None]:
+    """How long each run should take, and how that is known; None where it is not. `costs`: of each run."""
     rates: dict[tuple[str, str, str], dict[str, float]] = {}
     expected = {}
     for spec in specs:
         key = (spec.paper, spec.hardware.name, spec.scale)
         if key not in rates:
-            rates[key] = measured_rates(store.records(spec.paper), hardware=spec.hardware.name, scale=spec.scale)
-        expected[spec.id] = expected_time(cost_of(spec), spec.program, rates[key], spec.hardware)
+            own = (record for record in records if record.paper == spec.paper)
+            rates[key] = measured_rates(own, hardware=spec.hardware.name, scale=spec.scale)
+        expected[spec.id] = expected_time(costs[spec.id], spec.program, rates[key], spec.hardware)
     return expected
 
 
 def expected_seconds(specs: Sequence[RunSpec], *, store: Store) -> dict[str, float | None]:
     """Seconds that each run should take, None where that is not known."""
-    times = expected_times(specs, store=store)
+    times = expected_times(specs, {spec.id: cost_of(spec) for spec in specs}, records_of(specs, store=store))
     return {run_id: None if time is None else time.seconds for run_id, time in times.items()}
 
 
 def print_plan(specs: Sequence[RunSpec], *, store: Store, console: Console) -> None:
-    """A line for each run, parents before children, and some for all of them."""
+    """A line for the runs of each arm that cost the same, parents before children, and what all of them come to."""
     hardware = specs[0].hardware
-    expected = expected_times(specs, store=store)
-    on_gpu = hardware.device == "cuda"
-    columns = ["run", "asked for by", "status", "tokens", "FLOPs", "time", *(["GPU-hours"] if on_gpu else [])]
-    table = Table(*columns, f"memory of a {'GPU' if on_gpu else 'process'}", box=None, header_style="bold")
-    todo: list[float | None] = []
-    flops = 0.0
+    records = records_of(specs, store=store)
+    costs = {spec.id: cost_of(spec) for spec in specs}
+    times = expected_times(specs, costs, records)
+    states = {spec.id: store.run(spec.id).state() for spec in specs}
+    lines: dict[object, list[RunSpec]] = {}
     for spec in specs:
-        state, cost, time = store.run(spec.id).state(), cost_of(spec), expected[spec.id]
-        seconds = None if time is None else time.seconds
-        if not state.finished:
-            todo.append(seconds)
-            flops += cost.flops
-        label = spec.labels[0] + (f" +{len(spec.labels) - 1}" if len(spec.labels) > 1 else "")
-        numbers = [si(cost.tokens), si(cost.flops), _shown_time(time)]
-        numbers += [_gpu_hours([seconds], spec.hardware)] if on_gpu else []
-        table.add_row(spec.id, escape(label), shown(state), *numbers, _shown_memory(cost, spec.hardware))
-    console.print(table)
-    wall = duration(makespan(todo, hardware.slots))
-    hours = f", {_gpu_hours(todo, hardware)} GPU-hours" if on_gpu else ""
-    console.print(
-        f"{len(specs)} runs, {len(specs) - len(todo)} finished; {len(todo)} to do: {si(flops)} FLOPs, "
-        f"about {wall}{hours} with {hardware.slots} side by side on '{hardware.name}'",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for line in _notes(list(expected.values()), hardware):
-        console.print(line, highlight=False, soft_wrap=True)
+        arm = spec.labels[0].rpartition("/s")[0]
+        lines.setdefault((spec.paper, spec.program, arm, spec.hardware.name, costs[spec.id]), []).append(spec)
+    on_gpu = hardware.device == "cuda"
+    columns = ["run", "asked for by", "runs", "status", "tokens", "FLOPs", "time of one"]
+    columns += ["GPU-hours of all", "memory of a GPU"] if on_gpu else ["memory of a process"]
+    table = Table(*columns, box=None, header_style="bold")
+    for runs in lines.values():
+        table.add_row(*_cells(runs, costs[runs[0].id], times[runs[0].id], states, on_gpu=on_gpu))
+    if console.is_terminal:
+        console.print(table)
+    else:
+        Console(file=console.file, width=200).print(table)
+    todo = [spec for spec in specs if not states[spec.id].finished]
+    for text in _totals(specs, todo, costs, times, hardware):
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    for text in _reckoned([times[spec.id] for spec in specs], hardware, check_times(_alike(records, specs))):
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _notes(expected: Sequence[Expected | None], hardware: Hardware) -> list[str]:
-    """What the columns mean, for those kinds of values that occur."""
-    notes = [
-        "memory: tensors that stay (weights, gradients, moments) + those of one micro-batch; a process takes about "
-        "0.6 GB more for libraries"
-    ]
-    if any(time is not None and not time.measured for time in expected):
-        notes.append(
-            f"time '~': planned, not measured: hardware.planned_mfu={hardware.planned_mfu} of "
-            f"{si(hardware.peak_flops or 0)}FLOP/s on each of {hardware.processes} x {hardware.device}"
+def _cells(
+    runs: Sequence[RunSpec], cost: Cost, time: Expected | None, states: Mapping[str, State], *, on_gpu: bool
+) -> list[str]:
+    """A line: runs of one program for one arm that cost the same, its seeds, or what it chooses from."""
+    first, one = runs[0], len(runs) == 1
+    counts = Counter(shown(states[spec.id]) for spec in runs)
+    status = ", ".join(text if len(counts) == 1 else f"{count} {text}" for text, count in counts.items())
+    label = (first.labels[0] if one else _arm(first)) + (f" +{len(first.labels) - 1}" if len(first.labels) > 1 else "")
+    name = first.id if one else f"{first.paper}-{first.program}"
+    cells = [name, escape(label), str(len(runs)), status, si(cost.tokens), si(cost.flops), _shown_time(time)]
+    cells += [_hours(len(runs) * time.seconds * first.hardware.processes / 3600) if time else "-"] if on_gpu else []
+    return [*cells, f"{si(cost.state_bytes(first.hardware))}B + {si(cost.activation_bytes(first.hardware))}B"]
+
+
+def _arm(spec: RunSpec) -> str:
+    return spec.labels[0].rpartition("/s")[0]
+
+
+def _alike(records: Sequence[Record], specs: Sequence[RunSpec]) -> Sequence[Record]:
+    """The records of the plan's scales and hardware, or, where there are none, all."""
+    wanted = {(spec.scale, spec.hardware.name) for spec in specs}
+    found = [record for record in records if (record.scale, record.provenance.get("hardware_config")) in wanted]
+    return found or records
+
+
+def _totals(
+    specs: Sequence[RunSpec],
+    todo: Sequence[RunSpec],
+    costs: Mapping[str, Cost],
+    times: Mapping[str, Expected | None],
+    hardware: Hardware,
+) -> Iterator[str]:
+    """What the runs that are left come to: FLOPs, time, hours of all processors that they hold, money, memory."""
+    flops = sum(costs[spec.id].flops for spec in todo)
+    yield f"{len(specs)} runs, {len(specs) - len(todo)} finished; {len(todo)} to do: {si(flops)} FLOPs"
+    seconds = [time.seconds for spec in todo if (time := times[spec.id]) is not None]
+    unknown = len(todo) - len(seconds)
+    least = "at least " if unknown else ""
+    rest = f", and {unknown} run{'s' * (unknown != 1)} of unknown time" if unknown else ""
+    unit = "GPU" if hardware.device == "cuda" else "core"
+    if seconds or not todo:
+        hours, held = sum(seconds) / 3600, sum(seconds) / 3600 * hardware.processes
+        yield (
+            f"wall time: {least}{duration(makespan(seconds, hardware.slots))} with {hardware.slots} "
+            f"run{'s' * (hardware.slots != 1)} at a time on '{hardware.name}'{rest}"
         )
-    if any(time is not None and time.measured for time in expected):
-        notes.append("time without '~': at the speed of runs of that program and scale on record for this hardware")
-    if any(time is None for time in expected):
-        notes.append("time '-': no run of that program and scale is on record for this hardware yet")
-    return notes
+        formula = f" = {_hours(hours)} hours of runs x {hardware.processes} {unit}s" if hardware.processes > 1 else ""
+        yield f"{unit}-hours: {least}{_hours(held)}{formula}"
+        if hardware.price_per_hour is not None:
+            price = held * hardware.price_per_hour
+            shown_price = f"{price:,.0f}" if price >= 100 else f"{price:.2f}"
+            yield f"price: {least}{shown_price} = {unit}-hours x hardware.price_per_hour={hardware.price_per_hour:g}"
+        elif unit == "GPU":
+            yield "price: add hardware.price_per_hour=PRICE, that of one GPU"
+    else:
+        yield f"wall time, {unit}-hours: not known"
+    yield _memory(specs, costs, hardware)
 
 
-def _gpu_hours(seconds: Sequence[float | None], hardware: Hardware) -> str:
-    """Of all GPUs that a run holds, whether or not they have work."""
-    known = [value for value in seconds if value is not None]
-    return "-" if len(known) < len(seconds) else f"{sum(known) * hardware.processes / 3600:.3g}"
+def _memory(specs: Sequence[RunSpec], costs: Mapping[str, Cost], hardware: Hardware) -> str:
+    """The run that needs the most memory, and how many do not fit."""
+    sizes = {
+        spec.id: (costs[spec.id].state_bytes(hardware) + costs[spec.id].activation_bytes(hardware) + LIBRARIES) / 1e9
+        for spec in specs
+    }
+    most = max(specs, key=lambda spec: sizes[spec.id])
+    unit = "GPU" if hardware.device == "cuda" else "process"
+    text = f"memory: {sizes[most.id]:,.1f} GB on a {unit} at most ({most.program} of {_arm(most)})"
+    if hardware.memory_gb is None:
+        return text
+    large = sum(size > hardware.memory_gb for size in sizes.values())
+    if not large:
+        return f"{text}; all runs fit into {hardware.memory_gb:g} GB"
+    return (
+        f"{text}; {large} of {len(specs)} runs DO NOT FIT into {hardware.memory_gb:g} GB: lower micro_batch_size, set "
+        "hardware.activation_checkpointing=true, or shard over more GPUs"
+    )
+
+
+def _reckoned(times: Sequence[Expected | None], hardware: Hardware, check: Check | None) -> Iterator[str]:
+    """The formulas, for those kinds of values that occur, and what they were checked against."""
+    planned = any(time is not None and not time.measured for time in times)
+    yield "how: memory = weights, gradients, moments + activations of one micro-batch; above, + 0.6 GB of libraries"
+    if planned:
+        several = f"{hardware.processes} GPUs, or 1 for work that is not shared, x " if hardware.processes > 1 else ""
+        yield (
+            f"how: time '~' = FLOPs / ({several}{si(hardware.peak_flops or 0)} FLOP/s x "
+            f"hardware.planned_mfu={hardware.planned_mfu}): planned, not measured"
+        )
+    if any(time is not None and time.measured for time in times):
+        yield "how: time without '~' = FLOPs / speed of runs of that program and scale on record for this hardware"
+    if any(time is None for time in times):
+        hint = (
+            "a program without a model is not planned from FLOPs" if planned else "peak_flops and planned_mfu plan it"
+        )
+        yield f"how: time '-': no run of that program and scale is on record for this hardware; {hint}"
+    if check is not None:
+        yield (
+            f"checked: {check.runs} runs on record ({'; '.join(check.where)}), each predicted from FLOPs and the speed "
+            f"of other arms: half are within {100 * check.half:.0f} %, nine in ten within {100 * check.most:.0f} %; "
+            f"their sum is off by {100 * (check.total - 1):+.0f} %"
+        )
+    if planned:
+        yield "not checked: peak x planned_mfu, since no run of these programs is on record for this hardware"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else "<0.001" if 0 < hours < 0.001 else f"{hours:.3g}"
 
 
 def _shown_time(time: Expected | None) -> str:
     return duration(None) if time is None else ("" if time.measured else "~") + duration(time.seconds)
-
-
-def _shown_memory(cost: Cost, hardware: Hardware) -> str:
-    return f"{si(cost.state_bytes(hardware))}B + {si(cost.activation_bytes(hardware))}B"
 
 
 def shown(state: State) -> str:

@@ -162,7 +162,7 @@ def publish(
     """
     for slug, taken in chosen(targets, scale=scale, store=store).items():
         asked = _tracking(slug, project=project, entity=entity)
-        verdicts = results.judged(slug, store=store)
+        verdicts = results.judge_paper(slug, store=store).verdicts
         runs = _runs(slug, taken, verdicts, store=store)
         board = _board(slug, verdicts, asked, entity=asked.entity or "somebody", store=store)  # valid, before all else
         _say_built(slug, taken, runs, board, console)

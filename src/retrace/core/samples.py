@@ -74,7 +74,7 @@ class Chain:
     def _owns(self, record: Record, name: str) -> bool:
         return self.owners[name] == record.program and record.id in self.last
 
-    @property
+    @cached_property
     def diverged(self) -> Record | None:
         """The run that diverged, if one did that no other run makes use of."""
         if self.awaited:
@@ -99,6 +99,7 @@ class Samples:
         records = list(records)
         self.other_scales = sorted({record.scale for record in records} - {scale})
         self._by_id = {record.id: record for record in records if record.scale == scale}
+        self._depths: dict[str, int] = {}
         self._fill(self._group())
         used = {record.id for chain in self._all() for record in chain.records}
         self.used = tuple(record for record in self._by_id.values() if record.id in used)
@@ -179,5 +180,7 @@ class Samples:
         return found
 
     def _depth(self, record: Record) -> int:
-        parents = [self._by_id[parent] for parent in record.parents.values() if parent in self._by_id]
-        return 1 + max(map(self._depth, parents), default=0)
+        if record.id not in self._depths:
+            parents = [self._by_id[parent] for parent in record.parents.values() if parent in self._by_id]
+            self._depths[record.id] = 1 + max(map(self._depth, parents), default=0)
+        return self._depths[record.id]

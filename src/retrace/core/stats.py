@@ -103,6 +103,38 @@ def detectable_effect(*, sd: float, n: int) -> float | None:
     return float(nctdtrinc(n - 1, 1 - POWER, t_quantile(n - 1))) * sd / math.sqrt(n)
 
 
+def seeds_needed(*, mean: float, sd: float, low: float, high: float, least: int = 3) -> int | None:
+    """Fewest pairs whose 95 % t interval lies wholly between `low` and `high` with probability `POWER` or more.
+
+    `mean`, `sd`: the true difference and its standard deviation over seeds; `low` or `high` may be infinite. None where
+    `mean` does not lie between them, so that more pairs do not help, or where a million do not suffice.
+    """
+    if sd <= 0 or not low < mean < high:
+        return None
+    from scipy.special import nctdtr
+
+    def chance(n: int) -> float:
+        distances = ((mean - low) * math.sqrt(n) / sd, (high - mean) * math.sqrt(n) / sd)
+        return 1 - sum(float(nctdtr(n - 1, d, t_quantile(n - 1))) for d in distances if math.isfinite(d))
+
+    few, many = least - 1, least
+    while chance(many) < POWER:
+        few, many = many, 2 * many
+        if many > 1_000_000:
+            return None
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (few, middle) if chance(middle) >= POWER else (middle, many)
+    return many
+
+
+def spread_range(*, sd: float, n: int) -> tuple[float, float]:
+    """The 80 % interval of a standard deviation that was estimated from `n` normal samples, two or more."""
+    from scipy.special import chdtri
+
+    return tuple(sd * math.sqrt((n - 1) / float(chdtri(n - 1, p))) for p in (0.1, 0.9))  # type: ignore[return-value]
+
+
 def sign_test(n: int) -> float:
     """Two-sided p of `n` samples that all have the same sign, where each sign is a fair coin."""
     return min(1.0, 2.0 ** (1 - n))

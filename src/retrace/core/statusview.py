@@ -119,6 +119,6 @@ def named_runs(words: Sequence[str], *, store: Store) -> dict[str, str]:
 
 
 def _print(status: Status, console: Console) -> None:
-    for line in status.lines.values():
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if status.lines:
+        console.print("\n".join(status.lines.values()), highlight=False, markup=False, soft_wrap=True)
     console.print(status.total, highlight=False, soft_wrap=True)

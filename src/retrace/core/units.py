@@ -4,11 +4,13 @@ from __future__ import annotations
 
 
 def duration(seconds: float | None) -> str:
-    """'1h 02m', '3m 20s', '12s', or '-' for what is not known."""
+    """'123 days', '1h 02m', '3m 20s', '12s', or '-' for what is not known."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours / 24:,.0f} days"
     if hours:
         return f"{hours}h {minutes:02d}m"
     return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"

@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from retrace.core.config import suggest
@@ -34,7 +35,13 @@ def initialise(shape: ModelShape, method: str, **options: Any) -> ModelInit:
         if name not in known:
             choices = suggest(name, known, what="options") if known else "; it has none"
             raise ValueError(f"method='{method}': no option '{name}'{choices}")
-    return METHODS[method](shape, **options)
+    return _made(shape, method, tuple(options.items()))
+
+
+@lru_cache(maxsize=256)
+def _made(shape: ModelShape, method: str, options: tuple[tuple[str, Any], ...]) -> ModelInit:
+    """A deep model's takes milliseconds, and every seed of an arm asks for the same."""
+    return METHODS[method](shape, **dict(options))
 
 
 def vanilla_xavier(shape: ModelShape) -> ModelInit:

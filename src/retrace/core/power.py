@@ -1,0 +1,177 @@
+"""How many seeds would make each claim decidable: the power plan of a scale, from the spread seen there or below it.
+
+A claim is decided by a two-sided 95 % t interval of paired differences that lies on the claimed side of zero, or within
+the margin of a claim of no difference. The plan takes the difference and the spread that were seen for the true ones,
+and asks with how many seeds the interval would lie there with a probability of 80 %. A claim that no smaller scale asks
+takes them from one on the same arms and kind of metric, such as accuracy on another test, which is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from retrace.core.claims import Claim
+from retrace.core.config import SCALES
+from retrace.core.cost import Expected
+from retrace.core.plan import RunSpec
+from retrace.core.reportview import show as texts_of
+from retrace.core.stats import POWER, seeds_needed, spread_range
+from retrace.core.verdicts import MIN_PAIRS, Verdict
+
+
+@dataclass(frozen=True)
+class Power:
+    """What deciding one claim would take. `seen`: its verdict at the scale that the spread is taken from.
+
+    `needed`: seeds, `fewest`..`most` for the ends of the spread's 80 % interval; None where no number is enough, or for
+    `most` where a million is not. `planned`: the seeds of the plan. `hours`: of all processors, for one seed, with all
+    that its runs build on.
+    """
+
+    claim: Claim
+    seen: Verdict
+    needed: int | None
+    fewest: int | None
+    most: int | None
+    planned: int
+    hours: float | None
+    why_not: str = ""  # where no number is enough
+
+
+@dataclass(frozen=True)
+class PowerPlan:
+    """`unknown`: claims of the plan of which no spread is on record at its scale or a smaller one."""
+
+    known: tuple[Power, ...]
+    unknown: tuple[Claim, ...]
+
+
+def plan_power(
+    claims: Sequence[Claim],
+    verdicts: Mapping[str, Sequence[Verdict]],
+    specs: Sequence[RunSpec],
+    times: Mapping[str, Expected | None],
+    *,
+    scale: str,
+) -> PowerPlan:
+    """The claims that `scale` can judge and that planned runs are for. `verdicts`: by scale. `times`: of the runs."""
+    smaller = list(reversed(SCALES[: SCALES.index(scale) + 1]))
+    known: list[Power] = []
+    unknown: list[Claim] = []
+    for claim in claims:
+        arms = {f"{claim.ablation}/{arm}" for arm, _ in claim.cells}
+        runs = [s for s in specs if any(label.rpartition("/s")[0] in arms for label in s.labels)]
+        if scale not in claim.testable_at or not runs:
+            continue
+        seen = _seen(claim, [v for name in smaller for v in verdicts.get(name, ())])
+        if seen is None:
+            unknown.append(claim)
+        else:
+            seeds = {label for s in runs for label in s.labels if label.rpartition("/s")[0] in arms}
+            planned = len({label.rpartition("/s")[2] for label in seeds})
+            known.append(_power(claim, seen, planned, _hours_of_a_seed(runs, times, planned)))
+    return PowerPlan(tuple(known), tuple(unknown))
+
+
+def _seen(claim: Claim, verdicts: Sequence[Verdict]) -> Verdict | None:
+    """The verdict that tells the spread: the claim's own, at the first scale that has it, or the widest of its like."""
+    known = [v for v in verdicts if v.estimate is not None and v.estimate.sd is not None]
+    own = [v for v in known if v.claim.id == claim.id]
+    like = [v for v in known if _kind(v.claim) == _kind(claim)]
+    return (
+        own[0] if own else max(like, key=lambda v: v.estimate.sd if v.estimate and v.estimate.sd else 0, default=None)
+    )
+
+
+def _kind(claim: Claim) -> object:
+    """What claims share that differ in the test alone: the ablation, and each arm with the last part of its metric."""
+    return claim.ablation, claim.sign, [(arm, metric.rpartition("/")[2]) for arm, metric in claim.cells]
+
+
+def _hours_of_a_seed(runs: Sequence[RunSpec], times: Mapping[str, Expected | None], seeds: int) -> float | None:
+    known = [time.seconds * run.hardware.processes for run in runs if (time := times[run.id]) is not None]
+    return sum(known) / 3600 / seeds if known else None
+
+
+def _power(claim: Claim, seen: Verdict, planned: int, hours: float | None) -> Power:
+    found = seen.estimate
+    assert found is not None
+    assert found.sd is not None
+    low, high = _side(claim)
+    if not found.has_spread:
+        enough = MIN_PAIRS if low < found.mean < high else None
+        why = "" if enough else "no seed shows it"
+        return Power(claim, seen, enough, enough, enough, planned, hours, why)
+    if not low < found.mean < high:
+        why = "mean beyond margin" if claim.expect.margin else "mean on other side"
+        return Power(claim, seen, None, None, None, planned, hours, why)
+    narrow, wide = spread_range(sd=found.sd, n=found.n)
+    few, needed, many = (seeds_needed(mean=found.mean, sd=sd, low=low, high=high) for sd in (narrow, found.sd, wide))
+    return Power(claim, seen, needed, few, many, planned, hours, "" if needed else "over a million")
+
+
+def _side(claim: Claim) -> tuple[float, float]:
+    """Between what the interval has to lie."""
+    if claim.expect.margin is not None:
+        return -claim.expect.margin, claim.expect.margin
+    return (0.0, math.inf) if claim.sign > 0 else (-math.inf, 0.0)
+
+
+def show(slug: str, plan: PowerPlan, scale: str, *, unit: str, console: Console) -> None:
+    """A line for each claim, and what the numbers rest on. `unit`: of hours."""
+    if not plan.known and not plan.unknown:
+        console.print(f"{slug}: the planned runs are for no claim that scale {scale} can judge", highlight=False)
+        return
+    if plan.known:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for name in ("claim", "difference seen", "where", "verdict there"):
+            table.add_column(name, no_wrap=True)
+        for name in ("seeds planned", "seeds to decide", f"{unit} a seed"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for power in plan.known:
+            table.add_row(*map(Text, _cells(power)))
+        if console.is_terminal:
+            console.print(table)
+        else:
+            Console(file=console.file, width=200).print(table)
+    for text in _told(plan, scale):
+        console.print(text, highlight=False, soft_wrap=True)
+
+
+def _cells(power: Power) -> tuple[str, ...]:
+    seen, shown = power.seen, texts_of(power.seen.estimate, sign=True)
+    where = f"{seen.scale}, n={len(seen.seeds)}" + ("" if seen.claim.id == power.claim.id else f", {seen.claim.id}")
+    hours = "-" if power.hours is None else f"{power.hours:,.3g}"
+    difference = f"{shown.mean} {shown.interval}"
+    return power.claim.id, difference, where, seen.outcome, str(power.planned), _needed(power), hours
+
+
+def _needed(power: Power) -> str:
+    if power.needed is None:
+        return f"none: {power.why_not}"
+    if power.fewest == power.most:
+        return f"{power.needed:,}"
+    return f"{power.needed:,} ({power.fewest:,} to {'millions' if power.most is None else f'{power.most:,}'})"
+
+
+def _told(plan: PowerPlan, scale: str) -> Iterator[str]:
+    if plan.known:
+        sources = " and ".join(dict.fromkeys(power.seen.scale for power in plan.known))
+        yield (
+            f"how: with so many seeds the 95 % interval lies where the claim wants it, with {100 * POWER:.0f} % "
+            "probability; in brackets for the ends of the 80 % interval of the spread"
+        )
+        yield f"assumed: at scale {scale} the true difference and its spread over seeds are those seen at {sources}"
+    if any(power.why_not for power in plan.known):
+        yield "none: by what was seen the claim is not decidable, as it is made, by more seeds"
+    if any(power.seen.claim.id != power.claim.id for power in plan.known):
+        yield "where a second claim is named, the numbers are its: the same arms and kind of metric, on another test"
+    if plan.unknown:
+        names = ", ".join(claim.id for claim in plan.unknown)
+        yield f"spread not known, as nothing like it is on record with two seeds at scale {scale} or below: {names}"
