@@ -16,8 +16,9 @@ PAPERS = sorted(path.name for path in (SOURCE / "papers").iterdir() if (path / "
 # Layer 0 answers at once on a login node: no torch, also not through what it imports.
 LAYER_0 = {
     "cli", "core.claims", "core.compose", "core.config", "core.cost", "core.doctor", "core.figures",
-    "core.identity", "core.launch", "core.outlook", "core.overview", "core.pages", "core.paper", "core.plan",
-    "core.planview", "core.profiles", "core.progress", "core.provenance", "core.record", "core.report",
+    "core.files", "core.identity", "core.launch", "core.memory", "core.outlook", "core.overview", "core.pages",
+    "core.paper", "core.plan", "core.planview", "core.profiles", "core.progress", "core.provenance", "core.record",
+    "core.report",
     "core.reportfigures", "core.reportruns", "core.reportview", "core.results", "core.samplefigure", "core.samples",
     "core.scales", "core.slurm", "core.snapshot", "core.squeue", "core.stats", "core.statusview", "core.store",
     "core.svg", "core.tasks", "core.texts", "core.units", "core.verdictfigures", "core.verdicts",

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from retrace.core.memory import what_to_lower
 from retrace.core.plan import RunSpec
 from retrace.core.safety import redact
 from retrace.core.store import FINISHED, Store
@@ -67,7 +68,7 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            return self._died(process)
+            return self._died(process, spec)
         answer = json.loads(line)
         return answer["status"], answer["reason"]
 
@@ -89,7 +90,7 @@ class Worker:
         self._process = None
         status, _, reason = output.strip().rpartition("\n")[2].partition(" ")
         if status not in (*FINISHED, "FAILED", "STOPPED", "BUSY"):
-            return self._died(process)
+            return self._died(process, spec)
         return status, reason
 
     def _start(self, command: list[str]) -> subprocess.Popen[str]:
@@ -111,14 +112,14 @@ class Worker:
         for line in process.stderr:
             self._errors = [*self._errors[-19:], redact(line.rstrip())]
 
-    def _died(self, process: subprocess.Popen[str]) -> tuple[str, str]:
+    def _died(self, process: subprocess.Popen[str], spec: RunSpec) -> tuple[str, str]:
         code = process.wait()
         self._process = None
         last = next((line for line in reversed(self._errors) if line.strip()), "it wrote nothing")
         if code == 3:
             return "STOPPED", last
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        hint = "; out of memory? lower micro_batch_size or hardware.parallel_runs" if code == -9 else ""
+        hint = f"; out of memory? {what_to_lower(spec)}" if code == -9 else ""
         return "FAILED", f"its worker died ({how}{hint}): {last}"
 
     def stop(self) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from retrace.core.config import Tracking
+from retrace.core.files import write_atomic
 from retrace.core.identity import science
 from retrace.core.plan import RunSpec
-from retrace.core.store import RunDir, write_atomic
+from retrace.core.store import RunDir
 
 log = logging.getLogger("retrace")
 INIT_SECONDS = 20.0  # for W&B to answer

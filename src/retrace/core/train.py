@@ -68,7 +68,10 @@ def fit(
     rank, world = accelerator.process_index, accelerator.num_processes
     folder = ctx.run.path / "checkpoints"
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "last": {}}
-    found = parallel.from_main(accelerator, checkpoint.newest(folder) if accelerator.is_main_process else -1)
+    found, damage = checkpoint.newest(folder) if accelerator.is_main_process else (-1, "")
+    found = parallel.from_main(accelerator, found)
+    if damage:
+        ctx.warn(damage)
     if found >= 0:
         state = checkpoint.restore(folder, step=found, model=inner, optimizer=optimizer)
     ctx.tracker.resume(state["step"])
@@ -109,8 +112,9 @@ def fit(
         metrics = _means(parts if world == 1 else gather_object(parts))
         if math.isfinite(metrics["loss/total"]):
             metrics |= _clip(accelerator, optimizer, groups, optim)
-        if not all(map(math.isfinite, metrics.values())):
-            raise Diverged(step, last)
+        lost = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if lost:
+            raise Diverged(step, last, what=lost[0])
         last = metrics
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

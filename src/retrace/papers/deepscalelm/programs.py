@@ -91,7 +91,7 @@ def train(config: TrainConfig, ctx: Context) -> dict[str, float]:
         save_file(tensors, folder / "model.safetensors")
     found = _heldout(config, ctx, model, "valid", ids_WT)
     if not math.isfinite(found["valid/loss"]):
-        raise Diverged(optim.steps, metrics)
+        raise Diverged(optim.steps, metrics, what="valid/loss")
     return {**metrics, **found}
 
 
@@ -107,7 +107,7 @@ def select(config: SelectConfig, ctx: Context) -> dict[str, float]:
     good = [i for i, record in enumerate(records) if record.status == "DONE"]
     if not good:
         first = min(record.metrics.get("diverged_at", 0.0) for record in records)
-        raise Diverged(int(first), {})
+        raise Diverged(int(first), {}, what="the loss of every training")
     best = min(good, key=lambda i: records[i].metrics["valid/loss"])
     chosen = records[best]
     _repeat_curves(chosen, ctx)

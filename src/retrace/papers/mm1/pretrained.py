@@ -21,7 +21,7 @@ from torch import Tensor
 
 from retrace.core.checkpoint import model_tensors
 from retrace.core.config import validate
-from retrace.core.store import write_json
+from retrace.core.files import write_json
 from retrace.papers.mm1.decoder import Decoder, decoder_of
 from retrace.papers.mm1.encoder import VisionEncoder, encoder_of
 from retrace.papers.mm1.model import MultimodalModel
