@@ -88,7 +88,9 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
         [sys.executable, "-m", "retrace.worker", str(run.path)],
         env={**os.environ, "RETRACE_HOME": str(home)}, capture_output=True, text=True,
     )  # fmt: skip
-    said = f"checkpoint {newest.name} is damaged (tensors.safetensors does not match its checksum): this run went on from"
+    said = (
+        f"checkpoint {newest.name} is damaged (tensors.safetensors does not match its checksum): this run went on from"
+    )
     assert again.stdout.startswith(f"DONE {said} step {int(newest.name[5:]) - 1}")
     assert said in (run.path / "log.txt").read_text()
     assert numbers(home, spec) == numbers(undisturbed, spec)

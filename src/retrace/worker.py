@@ -146,8 +146,9 @@ def _failed(run: RunDir, spec: RunSpec | None, error: Exception) -> Outcome:
     """Write the reason down; where even that can't be written, the answer to the launcher still carries it."""
     exhausted = out_of_memory(error, spec) if spec else None
     reason = redact(exhausted or f"{type(error).__name__}: {error}".splitlines()[0])
-    if run.state().finished or int(os.environ.get("RANK", 0)) > 0:
-        return Outcome("FAILED", reason)  # a result stands; and of several processes only the first writes
+    rank = int(os.environ.get("RANK", 0))
+    if run.state().finished or rank > 0:  # a result stands; and of several processes only the first writes
+        return Outcome("FAILED", f"process {rank}: {reason}" if rank else reason)
     try:
         run.finish("FAILED", reason=reason, traceback=redact(traceback.format_exc()))
     except OSError as second:

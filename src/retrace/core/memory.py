@@ -20,7 +20,7 @@ def out_of_memory(error: BaseException, spec: RunSpec) -> str | None:
     ):
         return None
     size = re.search(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", text, re.IGNORECASE)
-    amount = f" ({_gib(float(size[1]), size[2])} more were asked for)" if size else ""
+    amount = f" ({_readable(float(size[1]), size[2])} more were asked for)" if size else ""
     return f"out of memory in a {spec.program} run on {spec.hardware.device}{amount}: {what_to_lower(spec)}"
 
 
@@ -43,5 +43,7 @@ def _micro_batch_sizes(tree: Mapping[str, Any]) -> Iterator[int]:
             yield value
 
 
-def _gib(amount: float, unit: str) -> str:
-    return f"{amount / 2**30:.3g} GiB" if unit == "bytes" else f"{amount:g} {unit}"
+def _readable(amount: float, unit: str) -> str:
+    if unit != "bytes":
+        return f"{amount:g} {unit}"
+    return f"{amount / 2**30:.1f} GiB" if amount >= 2**30 else f"{amount / 2**20:.1f} MiB"
