@@ -96,8 +96,9 @@ class Worker:
             found = next(iter(sorted(answers, key=lambda answer: answer[0] != "FAILED")), None)
         if found is None:
             return self._died(process, spec)
-        if found[0] == "FAILED":
-            RunDir(path).finish("FAILED", reason=found[1])  # the first process may have written what followed
+        run = RunDir(path)
+        if found[0] == "FAILED" and run.state().reason != found[1]:  # the first process wrote what followed, or nothing
+            run.finish("FAILED", reason=found[1])
         return found
 
     def _killed(self, spec: RunSpec) -> tuple[str, str] | None:

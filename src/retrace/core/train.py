@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -111,7 +110,7 @@ def fit(
         parallel.release(inner)
         metrics = _means(parts if world == 1 else gather_object(parts))
         if math.isfinite(metrics["loss/total"]):
-            metrics |= _clip(accelerator, optimizer, groups, optim)
+            metrics |= _clip(optimizer, groups, optim)
         lost = [name for name, value in metrics.items() if not math.isfinite(value)]
         if lost:
             raise Diverged(step, last, what=lost[0])
@@ -180,12 +179,13 @@ def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: fmean(part[name] for part in parts if name in part) for name in names}
 
 
-def _clip(
-    accelerator: Accelerator, optimizer: torch.optim.Optimizer, groups: Sequence[Group], optim: Optim
-) -> dict[str, float]:
-    """Clip in place, all gradients together or group by group; the norms before clipping."""
+def _clip(optimizer: torch.optim.Optimizer, groups: Sequence[Group], optim: Optim) -> dict[str, float]:
+    """Clip in place, all gradients together or group by group; the norms before clipping.
+
+    By torch: Accelerate compares sharded parameters by value where their order is not that of the model, and fails.
+    """
     parameters = {g.name: p["params"] for g, p in zip(groups, optimizer.param_groups, strict=True)}
     if optim.clip == "global":
         parameters = {"all": [p for chosen in parameters.values() for p in chosen]}
-    norms = {name: accelerator.clip_grad_norm_(chosen, optim.clip_norm) for name, chosen in parameters.items()}
+    norms = {name: nn.utils.clip_grad_norm_(chosen, optim.clip_norm) for name, chosen in parameters.items()}
     return {f"grad_norm/{name}": float(n.full_tensor() if isinstance(n, DTensor) else n) for name, n in norms.items()}
