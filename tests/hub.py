@@ -17,12 +17,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """`asked` lists the files that were sent, in order; `stop_before` is one that the hub dies of being asked for."""
+    """`sent` lists the files that were sent, in order; with `last` of them the hub dies of being asked for another."""
 
     def __init__(self, dataset: str, files: Mapping[str, bytes]) -> None:
         self.dataset, self.files = dataset, dict(files)
-        self.asked: list[str] = []
-        self.stop_before: str | None = None
+        self.sent: list[str] = []
+        self.last: int | None = None
         self._server: ThreadingHTTPServer | None = None
         self.port = 0
 
@@ -85,12 +85,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, name: str, *, body: bool) -> None:
         content, status = self.hub.files[name], 200
         headers = {"ETag": f'"{self.hub.info(name)["oid"]}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if body and name == self.hub.stop_before:
-            self.hub.stop_before, self.close_connection = None, True
+        if body and len(self.hub.sent) == self.hub.last:
             threading.Thread(target=self.hub.stop, daemon=True).start()
             return  # the connection ends without an answer
         if body:
-            self.hub.asked.append(name)
+            self.hub.sent.append(name)
         wanted = self.headers.get("Range")
         if wanted:
             first, _, last = wanted.removeprefix("bytes=").partition("-")

@@ -45,7 +45,7 @@ def worker(home: Path, spec: RunSpec) -> subprocess.Popen[bytes]:
 
 def numbers(home: Path, spec: RunSpec) -> tuple[object, ...]:
     """All of a record that must not depend on having been killed: what is not a time."""
-    record = next(r for r in Store(home).records("quietstar") if r.id == spec.id)
+    record = next(r for r in Store(home).records(spec.paper) if r.id == spec.id)
     curves = {key: curve for key, curve in record.series.items() if not key.startswith("speed/")}
     return record.status, record.metrics, curves
 
