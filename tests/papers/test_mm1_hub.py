@@ -25,7 +25,7 @@ SMALL = [
     "decoder.shape={hidden_size: 16, num_layers: 2, num_heads: 2, num_kv_heads: 2, intermediate_size: 32}",
     f"data.sources.text={{kind: hub, document: text, dataset: lab/texts, revision: '{COMMIT}'}}",
     *[text.replace("pretrain", "decoder") for text in OPTIM],
-    "decoder.optim.steps=12", "decoder.optim.batch_size=32", "decoder.optim.micro_batch_size=32",
+    "decoder.optim.steps=24", "decoder.optim.batch_size=32", "decoder.optim.micro_batch_size=32",
 ]  # fmt: skip
 
 
@@ -76,12 +76,11 @@ def test_a_hub_that_goes_away_fails_the_run_with_one_sentence_and_back_it_goes_o
     assert "copy them below RETRACE_DATA" in said
     assert said.count("\n") == 1
     step = max(int(path.name[5:]) for path in (homes[1] / "runs" / decoder.id / "checkpoints").glob("step_*"))
-    assert 0 < step < 12
+    assert 12 < step < 24
 
-    before, hub.last = [*hub.sent], None
+    hub.last = None
     hub.sent.clear()
     hub.start()
     assert work(homes[1], decoder).startswith("DONE")
     assert numbers(homes[1], decoder) == numbers(homes[0], decoder)
-    print(len(whole), len(before), len(hub.sent), step, whole, before, hub.sent)
-    assert len(hub.sent) < len(whole) / 2
+    assert len(hub.sent) < len(whole) * 0.75  # it began with the block of rows in which it had stopped
