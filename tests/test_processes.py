@@ -41,7 +41,20 @@ def records(home: Path, paper: str = "quietstar") -> dict[str, Record]:
 def weights(home: Path, run_id: str) -> dict[str, Tensor]:
     """All tensors of the models that a run left."""
     files = (home / "runs" / run_id).rglob("*.safetensors")
-    return {f"{file.parent.name}/{name}": t for file in files for name, t in load_file(file).items()}
+    found = {f"{file.parent.name}/{name}": t for file in files for name, t in load_file(file).items()}
+    return {name: without_bias_of_keys(name, tensor) for name, tensor in found.items()}
+
+
+def without_bias_of_keys(name: str, tensor: Tensor) -> Tensor:
+    """A bias of all keys moves all scores of a query alike, which softmax does not see: its gradient is rounding alone,
+
+    of which AdamW makes whole steps. In one tensor with those of queries and values it is the second third.
+    """
+    if name.endswith("k_proj.bias"):
+        return torch.zeros_like(tensor)
+    if name.endswith("attention.branch.rows.bias"):
+        tensor[len(tensor) // 3 : 2 * len(tensor) // 3] = 0
+    return tensor
 
 
 def same_training(one: Path, two: Path, paper: str, run_id: str) -> None:
