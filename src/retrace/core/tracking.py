@@ -84,9 +84,19 @@ class Tracker:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; a torn last line, from a kill in the middle of a write, is left out."""
-    whole = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in whole]
+    """The whole lines of a JSONL file; a torn last line, from a kill in the middle of a write, is left out.
+
+    Raises ValueError for another one that is broken: steps would be missing in the record.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise ValueError(
+                f"{path}: line {number} is damaged; delete it and checkpoints/ beside it, and the run begins anew"
+            ) from None
+    return found
 
 
 def _thin(curve: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
