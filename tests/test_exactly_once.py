@@ -70,12 +70,12 @@ def test_soak_twenty_kills_at_random_moments_leave_the_records_of_a_sweep_in_pea
     common = [*TINY, "seed=0", "hardware.checkpoint_seconds=0", "tracking.log_every=7"]
     arguments = {
         "quietstar/thoughts": [*common, "base.optim.steps=400", "train.optim.steps=150", "eval.num_questions=40"],
-        "deepscalelm/main": [*common, "training.optim.steps=600"],
+        "deepscalelm/main": [*common, "training.optim.steps=150"],
     }
     targets = list(arguments)
     peace = tmp_path / "peace"
     for target in targets:
-        assert retrace("run", target, *arguments[target], RETRACE_HOME=str(peace)).returncode == 0
+        assert retrace("run", target, *arguments[target], timeout=900, RETRACE_HOME=str(peace)).returncode == 0
     specs = [spec for target in targets for spec in plan([target], arguments[target])]
     rng = random.Random(os.environ.get("RETRACE_SOAK_SEED", "soak"))
     kills: list[tuple[str, str, float]] = []
@@ -97,7 +97,7 @@ def test_soak_twenty_kills_at_random_moments_leave_the_records_of_a_sweep_in_pea
             if len(kills) < KILLS:
                 shutil.rmtree(home)
     for target in targets:
-        done = retrace("run", target, *arguments[target])
+        done = retrace("run", target, *arguments[target], timeout=900)
         assert done.returncode == 0, done.stdout
     same(home, peace, specs)
     by = {what: sum(kind == what for _, kind, _ in kills) for what in ("worker", "launcher", "sweep")}
