@@ -63,6 +63,11 @@ def attack(launcher: subprocess.Popen[str], what: str, rng: random.Random) -> bo
     return True
 
 
+def under_way(home: Path, specs: list[RunSpec]) -> bool:
+    states = [Store(home).run(spec.id).state() for spec in specs]
+    return any(state.status == "RUNNING" and state.step > 0 for state in states)
+
+
 @pytest.mark.slow  # some minutes: each of the kills costs a start
 def test_soak_twenty_kills_at_random_moments_leave_the_records_of_a_sweep_in_peace(
     home: Path, retrace: Run, tmp_path: Path
@@ -84,7 +89,9 @@ def test_soak_twenty_kills_at_random_moments_leave_the_records_of_a_sweep_in_pea
         for target in targets:
             launcher = start(home, target, *arguments[target])
             while launcher.poll() is None and len(kills) < KILLS:
-                what, delay = rng.choice(["worker", "launcher", "sweep"]), rng.uniform(0, 12)
+                what, delay = rng.choice(["worker", "launcher", "sweep"]), rng.uniform(0, 4)
+                while rng.random() < 0.98 and launcher.poll() is None and not under_way(home, specs):
+                    time.sleep(0.2)  # most kills are to hit a run at work, some the start of a sweep
                 try:
                     launcher.wait(timeout=delay)
                 except subprocess.TimeoutExpired:
