@@ -62,14 +62,14 @@ class Browser:
         return found
 
     def open(
-        self, page: Path, *, width: int = 1200, height: int = 900, dark: bool = False, paper: bool = False
+        self, page: Path | str, *, width: int = 1200, height: int = 900, dark: bool = False, paper: bool = False
     ) -> None:
-        """Show a file in a window of this size, or as it is laid out on paper."""
+        """Show a file or an address in a window of this size, or as it is laid out on paper."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media="print" if paper else "", features=[scheme])
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while self.evaluate("document.readyState") != "complete":
             pass
 

@@ -15,17 +15,19 @@ PAPERS = sorted(path.name for path in (SOURCE / "papers").iterdir() if (path / "
 
 # Layer 0 answers at once on a login node: no torch, also not through what it imports.
 LAYER_0 = {
-    "cli", "core.claims", "core.compose", "core.config", "core.cost", "core.doctor", "core.figures",
-    "core.files", "core.identity", "core.launch", "core.memory", "core.outlook", "core.overview", "core.pages",
-    "core.paper", "core.plan", "core.planview", "core.profiles", "core.progress", "core.provenance", "core.record",
-    "core.report",
-    "core.reportfigures", "core.reportruns", "core.reportview", "core.results", "core.samplefigure", "core.samples",
-    "core.scales", "core.slurm", "core.snapshot", "core.squeue", "core.stats", "core.statusview", "core.store",
-    "core.svg", "core.tasks", "core.texts", "core.units", "core.verdictfigures", "core.verdicts",
+    "cli", "core.boards", "core.claims", "core.compose", "core.config", "core.cost", "core.dashboard",
+    "core.doctor", "core.figures", "core.files", "core.identity", "core.launch", "core.memory", "core.mirrors",
+    "core.outlook", "core.overview",
+    "core.pages", "core.paper", "core.plan", "core.planview", "core.profiles", "core.progress", "core.provenance",
+    "core.publish", "core.record", "core.report", "core.reportfigures", "core.reportruns", "core.reportview",
+    "core.results", "core.samplefigure", "core.samples", "core.scales", "core.slurm", "core.snapshot",
+    "core.squeue", "core.stats", "core.statusview", "core.store", "core.svg", "core.tasks", "core.texts",
+    "core.tracking", "core.units", "core.upload", "core.verdictfigures", "core.verdicts",
 }  # fmt: skip
 HOMES = {
-    "hydra": ("core.compose",), "wandb": ("core.tracking",), "lm_eval": ("core.evaluate", "plugin"),
+    "hydra": ("core.compose",), "wandb": ("core.mirrors", "core.upload"), "lm_eval": ("core.evaluate", "plugin"),
     "peft": ("papers.quietstar.lora",), "submitit": ("core.slurm",),
+    "trackio": ("core.mirrors",), "wandb_workspaces": ("core.boards", "core.upload"),
 }  # fmt: skip
 PURE = {
     "core.overview",
@@ -87,7 +89,7 @@ def test_core_knows_no_paper_and_papers_know_no_other_paper(path: Path) -> None:
 
 @pytest.mark.parametrize("module", sorted(LAYER_0))
 def test_layer_0_reaches_no_torch_at_import(module: str) -> None:
-    heavy = {"torch", "accelerate", "transformers", "datasets", "lm_eval", "wandb"}
+    heavy = {"torch", "accelerate", "transformers", "datasets", "lm_eval", "wandb", "wandb_workspaces", "trackio"}
     seen: set[str] = set()
     todo = [module]
     while todo:

@@ -14,7 +14,7 @@ from retrace.core.config import papers
 from retrace.core.paper import Command, Paper, load_paper, paper_commands
 
 BUILT_IN = {command.name or command.callback.__name__.rstrip("_") for command in app.registered_commands}  # type: ignore[union-attr]
-HEAVY = "torch", "transformers", "accelerate", "datasets", "lm_eval", "wandb"
+HEAVY = "torch", "transformers", "accelerate", "datasets", "lm_eval", "wandb", "wandb_workspaces", "trackio"
 
 
 def loaded(*arguments: str) -> set[str]:

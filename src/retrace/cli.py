@@ -232,6 +232,52 @@ def report(
 
 
 @app.command()
+def publish(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help="A paper, paper/ablation, paper/ablation/arm, or a run's id or its start", show_default=False
+        ),
+    ],
+    scale: Annotated[str | None, typer.Option(help="Runs of this scale only", show_default="all")] = None,
+    project: Annotated[str | None, typer.Option(help="W&B project", show_default="that of configs/tracking")] = None,
+    entity: Annotated[str | None, typer.Option(help="W&B user or team", show_default="the key's own")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build, validate and say; write and upload nothing")
+    ] = False,
+) -> None:
+    """Rebuild recorded runs in W&B, with a workspace and a report of the paper; again, and nothing is there twice.
+
+    Records are enough, also those of another machine; metrics.jsonl adds every logged line. Without WANDB_API_KEY
+    everything is built and validated as W&B's offline files, and nothing is uploaded.
+    """
+    from retrace.core.publish import publish as publish_runs
+    from retrace.core.store import Store
+
+    publish_runs(targets, scale=scale, project=project, entity=entity, dry_run=dry_run, store=Store(), console=console)
+
+
+@app.command()
+def dashboard(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of 127.0.0.1")] = 7860,
+) -> None:
+    """Serve a live page of the runs started with tracking=trackio, on this machine, without an account.
+
+    Their curves appear as they are logged, in RETRACE_HOME/trackio. It runs until Ctrl-C; runs need it for nothing.
+    """
+    import threading
+
+    from retrace.core.dashboard import serving
+
+    with serving(port=port) as url:
+        console.print(f"open {url}  (Ctrl-C ends it; the runs go on)", highlight=False, soft_wrap=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            console.print("stopped")
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has, what is missing, and how to get it."""
     from retrace.core.doctor import print_checks

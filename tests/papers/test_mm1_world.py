@@ -13,7 +13,7 @@ from torch import Tensor
 from retrace.papers.mm1.documents import CAPTION, TEXT_FAMILIES, build_tokenizer, draft, encode
 from retrace.papers.mm1.images import draw
 from retrace.papers.mm1.packing import Draft, Picture
-from retrace.papers.mm1.parts import BLOCK, PartsSource
+from retrace.papers.mm1.parts import BLOCK, DIGIT_BLOCKS, VARIED, PartsSource
 from retrace.papers.mm1.rows import Piece
 from retrace.papers.mm1.world import (
     ATTRIBUTES,
@@ -25,6 +25,7 @@ from retrace.papers.mm1.world import (
     SHAPES,
     Scene,
     WorldConfig,
+    colors_of,
     draw_scene,
     draw_text,
     draw_turns,
@@ -131,12 +132,27 @@ def test_captions_are_noisy_as_often_as_asked_and_synthetic_ones_never() -> None
     assert true_share("caption") == pytest.approx(0.7, abs=0.04)
 
 
-def test_captions_in_parts_name_everything_in_one_batch_of_four_and_digits_alone_in_the_others() -> None:
-    documents = itertools.islice(PartsSource(WORLD, "synthetic", 0).drafts((0,)), 8 * BLOCK)
-    said = [(shown(d)[0], words(d)) for _, d in documents]
-    for number, batch in enumerate(said[first : first + BLOCK] for first in range(0, len(said), BLOCK)):
-        for scene, text in batch:
-            assert text == f"<image> {scene.caption if number % 4 == 0 else ' '.join(scene.digits)}"
+def blocks_in_parts(first: int, count: int) -> list[list[tuple[Scene, str]]]:
+    documents = itertools.islice(PartsSource(WORLD, "synthetic", 0).drafts((first * BLOCK,)), count * BLOCK)
+    said = [(shown(d)[0], words(d).removeprefix("<image> ")) for _, d in documents]
+    return [said[start : start + BLOCK] for start in range(0, len(said), BLOCK)]
+
+
+def test_the_first_blocks_of_captions_in_parts_name_digits_alone() -> None:
+    (first,), (last,) = blocks_in_parts(0, 1), blocks_in_parts(DIGIT_BLOCKS - 1, 1)
+    for scene, text in first + last:
+        assert text == " ".join(scene.digits)
+
+
+def test_later_blocks_name_all_of_images_that_differ_in_one_part() -> None:
+    seen = colors_of(WORLD.world_seed, WORLD.held_out_shapes, unseen=False)
+    found = set()
+    for block in blocks_in_parts(DIGIT_BLOCKS, 40):
+        assert all(text == scene.caption for scene, text in block)
+        assert all(scene.color in seen[scene.shape] for scene, _ in block), "held-out pairs stay held out"
+        values = zip(*((scene.color, scene.shape, *scene.digits) for scene, _ in block), strict=True)
+        found.add(tuple(place for place, column in enumerate(values) if len(set(column)) > 1))
+    assert found == set(VARIED)
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)

@@ -126,6 +126,7 @@ class Tracking(Placement):
     wandb: Literal["auto", "online", "offline", "off"]  # auto: online with an API key, else offline
     project: str
     entity: str | None
+    trackio: bool = False  # as well: in a database beside the runs, for `retrace dashboard`
     log_every: int = Field(ge=1)  # steps between two lines of metrics
 
 

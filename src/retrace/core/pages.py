@@ -29,7 +29,7 @@ def environment() -> Any:
         keep_trailing_newline=True,
     )
     templates.filters |= {
-        "md": _markdown,
+        "md": markdown,
         "code": _code,
         "si": _si,
         "arrow": _arrow,
@@ -45,7 +45,7 @@ def environment() -> Any:
     return templates
 
 
-def _markdown(content: object) -> str:
+def markdown(content: object) -> str:
     """Text that stays text in Markdown, in a table as well."""
     escaped = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", str(content).replace("&", "&amp;").replace("<", "&lt;"))
     return " ".join(escaped.split())

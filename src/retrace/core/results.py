@@ -56,6 +56,11 @@ def overview(*, store: Store, console: Console) -> None:
     console.print(f"all papers: {store.results / 'index.html'} and README.md beside it", soft_wrap=True)
 
 
+def judged(slug: str, *, store: Store) -> Mapping[str, tuple[Verdict, ...]]:
+    """The verdicts of a paper at every scale that judges claims and has records, smaller scales first."""
+    return _verdicts(slug, _claims(slug), store=store)
+
+
 def _claims(slug: str) -> tuple[Claim, ...]:
     arms = {name: ablation.arms.keys() for name, ablation in load_ablations(slug).items()}
     return load_claims(CONFIGS / slug / "claims.yaml", arms=arms)

@@ -237,6 +237,7 @@ class Store:
     def __init__(self, home: Path = HOME) -> None:
         self.runs = home / "runs"
         self.results = home / "results"
+        self.published = home / "wandb"  # offline files of `retrace publish`
 
     def run(self, run_id: str) -> RunDir:
         return RunDir(self.runs / run_id)

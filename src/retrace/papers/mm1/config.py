@@ -41,6 +41,7 @@ class Pretrain(Frozen):
     mixture: Mixture  # probability of each source, for a row
     rows: Rows
     trained: tuple[Part, ...] = Field(min_length=1)  # the others are frozen
+    encoder_rate: float = Field(gt=0, le=1)  # the encoder's learning rate, as a share of the others'
     optim: Optim
 
 
@@ -89,8 +90,8 @@ class Resolutions(Frozen):
     high: int
 
 
-class TokenCounts(Frozen):
-    """Image tokens."""
+class Counts(Frozen):
+    """Tokens: of an image, or of a row that has images of so many."""
 
     few: int
     medium: int
@@ -101,7 +102,8 @@ class Sizes(Frozen):
     """What the arms of the ablations are at a scale; configs refer to it by interpolation."""
 
     resolution: Resolutions
-    tokens: TokenCounts
+    tokens: Counts
+    seq_len: Counts
     larger: int  # width of the larger encoder, and of its MLP
     larger_mlp: int
     experts: int

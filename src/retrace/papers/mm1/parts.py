@@ -1,34 +1,48 @@
-"""Procedural documents in part: captions of digits alone, words without images. For the parts' own pre-training.
+"""Procedural documents for the parts' own pre-training: captions in blocks of like images, words without images.
 
-Where captions name everything, color and shape tell nearly all images of a batch apart, and contrastive pre-training
-has little reason to read all four digits. Batches that name digits alone give one.
+Where images of a batch differ in everything, contrastive pre-training learns what tells most of them apart, color and
+shape, and has no reason to read digits. So images come in blocks of a batch. The first blocks have captions of digits
+alone; in later ones images share all but one part of what they show, and the caption, whole again, is told by it.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from retrace.papers.mm1.documents import ProceduralSource, encode
 from retrace.papers.mm1.packing import Draft, Picture
 from retrace.papers.mm1.rows import Piece
-from retrace.papers.mm1.world import Scene
+from retrace.papers.mm1.world import Scene, draw_scene
 
-BLOCK = 64  # images in a row whose captions name the same things: a batch of the laptop scale
-DIGIT_BLOCKS = 3  # for each one that names everything
+BLOCK = 64  # images: a batch of the laptop scale
+DIGIT_BLOCKS = 300  # at the start, until digits are read; with color in the captions they are not, in 1000 steps
+SCENE = (0, 1)  # places in a caption; a pair of color and shape stays one that is trained on
+VARIED = (SCENE, (2, 3), (4, 5))  # what a later block's images differ in
 
 
 @dataclass(frozen=True)
 class PartsSource(ProceduralSource):
-    """Captions that name everything, or the digits alone, block by block."""
+    """Images with captions, block by block."""
 
     def drafts(self, mark: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Draft]]:
         """As those of the whole captions, with the same marks."""
         for (index,), made in super().drafts(mark):
             (picture,) = (part for part in made.parts if isinstance(part, Picture))
-            scene: Scene = picture.what
-            named = " ".join(scene.digits) if (index // BLOCK) % (DIGIT_BLOCKS + 1) else scene.caption
-            yield (index,), Draft([made.parts[0], picture, encode(named), made.parts[-1]], made.source)
+            scene, said = self._in_block(picture.what, index // BLOCK)
+            yield (index,), Draft([made.parts[0], Picture(scene), encode(said), made.parts[-1]], made.source)
+
+    def _in_block(self, scene: Scene, block: int) -> tuple[Scene, str]:
+        """What of a scene is shown in a block, and the caption's words."""
+        if block < DIGIT_BLOCKS:
+            return scene, " ".join(scene.digits)
+        rng = random.Random(f"block/{self.config.world_seed}/{self.seed}/{block}")
+        varied, shared = rng.choice(VARIED), draw_scene(self.config, rng)
+        own, others = (scene.color, scene.shape, *scene.digits), (shared.color, shared.shape, *shared.digits)
+        color, shape, a, b, c, d = (own[place] if place in varied else others[place] for place in range(len(own)))
+        shown = Scene(color, shape, (a, b, c, d), scene.seed)
+        return shown, shown.caption
 
 
 @dataclass(frozen=True)

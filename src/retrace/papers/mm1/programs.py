@@ -30,7 +30,7 @@ from retrace.papers.mm1.decoder import Decoder, build_decoder, load_decoder
 from retrace.papers.mm1.encoder import VisionEncoder, build_encoder, load_encoder
 from retrace.papers.mm1.experts import add_experts
 from retrace.papers.mm1.mixture import Mixture
-from retrace.papers.mm1.model import MultimodalModel
+from retrace.papers.mm1.model import PARTS, MultimodalModel
 from retrace.papers.mm1.pairs import Pairs
 from retrace.papers.mm1.pretrained import Saved, from_pretrained, load_model, save_pretrained
 from retrace.papers.mm1.reconstruction import ReconstructiveModel, sample_prefixes
@@ -157,7 +157,7 @@ def pretrain(config: PretrainConfig, ctx: Context) -> dict[str, float]:
         ctx=ctx,
     )
     masked = rows if settings.rows.mask == "documents" else _unmasked(rows)
-    metrics = _fit_whole(model, masked, settings.optim, cost.pretrain(config), ctx)
+    metrics = _fit_whole(model, masked, settings.optim, cost.pretrain(config), ctx, encoder_rate=settings.encoder_rate)
     ctx.notes["data"] = rows.notes(settings.optim.steps * settings.optim.batch_size)
     return metrics
 
@@ -187,9 +187,16 @@ def finetune(config: FinetuneConfig, ctx: Context) -> dict[str, float]:
 
 
 def _fit_whole(
-    model: MultimodalModel, rows: Callable[[range], Mapping[str, Tensor]], optim: Optim, used: Cost, ctx: Context
+    model: MultimodalModel,
+    rows: Callable[[range], Mapping[str, Tensor]],
+    optim: Optim,
+    used: Cost,
+    ctx: Context,
+    *,
+    encoder_rate: float = 1.0,
 ) -> dict[str, float]:
-    groups = [Group(n, p, optim.learning_rate, optim.weight_decay) for n, p in model.parameter_groups().items()]
+    rates = {part: optim.learning_rate * (encoder_rate if part == "encoder" else 1.0) for part in PARTS}
+    groups = [Group(n, p, rates[n], optim.weight_decay) for n, p in model.parameter_groups().items()]
     metrics = fit(model, ctx=ctx, optim=optim, groups=groups, rows=ahead(rows, ctx), loss=_loss, cost=used)
     _save(model, ctx)
     return metrics
