@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +52,7 @@ def test_a_loss_that_is_no_number_is_a_result_and_not_a_crash(home: Path, retrac
     arguments = ["run", "quietstar/main", *SMALL, "base.optim.steps=30", "base.optim.learning_rate=1e30"]
     done = retrace(*arguments)
     assert "1 of them diverged" in done.stdout
+    assert re.search(r"was not finite at step \d+; last good values: loss/total=", done.stdout)
     assert "2 not tried because they build on those" in done.stdout
     (record,) = Store(home).records("quietstar")
     assert record.status == "DIVERGED"
@@ -57,6 +61,21 @@ def test_a_loss_that_is_no_number_is_a_result_and_not_a_crash(home: Path, retrac
     assert again.returncode == 0
     assert "DIVERGED" not in again.stdout
     assert "2 not tried because they build on those" in again.stdout
+
+
+def test_memory_that_runs_out_is_one_line_with_what_was_asked_for_and_what_to_lower(home: Path) -> None:
+    arguments = ["run", "quietstar/main", *SMALL, "base.optim.batch_size=32768", "base.optim.micro_batch_size=32768"]
+    command = f"ulimit -v 4000000; exec {sys.executable} -m retrace.cli {shlex.join(arguments)}"  # kB, of each process
+    done = subprocess.run(
+        ["bash", "-c", command], env={**os.environ, "RETRACE_HOME": str(home)}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    (line,) = (text for text in done.stdout.splitlines() if text.startswith("  quietstar-pretrain-"))
+    expected = (
+        r"out of memory in a pretrain run on cpu \([\d.]+ [GM]iB more were asked for\): lower micro_batch_size "
+        r"\(now 32768\).*, or set hardware.activation_checkpointing=true$"
+    )
+    assert re.search(expected, line), line
 
 
 def test_a_record_that_was_deleted_or_broken_comes_back_from_its_run(home: Path, retrace: Run) -> None:

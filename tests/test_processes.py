@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import TINY, Run
@@ -14,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from retrace.core.launch import Worker
+from retrace.core.launch import Local, Worker
 from retrace.core.plan import RunSpec, plan
 from retrace.core.record import Record
 from retrace.core.store import Store
@@ -24,19 +27,49 @@ SMALL = [*TINY, "seed=0", "base.optim.micro_batch_size=2", "train.optim.micro_ba
 ALONE = ["hardware.processes=1"]
 WHOLE = ["hardware.processes=2"]
 SHARDED = ["hardware.processes=2", "hardware.shard=true"]
+FOUR = ["hardware.processes=4", "hardware.shard=true"]
+OTHER = [*TINY, "seed=0", "tracking.log_every=1"]
 AGAIN = "hardware.activation_checkpointing=true"
 ROUNDED = "base.optim.precision=fp32_master"
 ADAPTERS = "train.lora={rank: 2, alpha: 4, target_modules: [q_proj, down_proj]}"
 
 
-def records(home: Path) -> dict[str, Record]:
-    return {record.id: record for record in Store(home).records("quietstar")}
+def records(home: Path, paper: str = "quietstar") -> dict[str, Record]:
+    return {record.id: record for record in Store(home).records(paper)}
 
 
 def weights(home: Path, run_id: str) -> dict[str, Tensor]:
-    """All tensors of the model that a run left."""
-    folder = home / "runs" / run_id / "model"
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    """All tensors of the models that a run left."""
+    files = (home / "runs" / run_id).rglob("*.safetensors")
+    found = {f"{file.parent.name}/{name}": t for file in files for name, t in load_file(file).items()}
+    return {name: without_bias_of_keys(name, tensor) for name, tensor in found.items()}
+
+
+def without_bias_of_keys(name: str, tensor: Tensor) -> Tensor:
+    """A bias of all keys moves all scores of a query alike, which softmax does not see: its gradient is rounding alone,
+
+    of which AdamW makes whole steps. In one tensor with those of queries and values it is the second third.
+    """
+    if name.endswith("k_proj.bias"):
+        return torch.zeros_like(tensor)
+    if name.endswith("attention.branch.rows.bias"):
+        tensor[len(tensor) // 3 : 2 * len(tensor) // 3] = 0
+    return tensor
+
+
+def same_training(one: Path, two: Path, paper: str, run_id: str) -> None:
+    """Whether a run of two processes lost, clipped and learned as that of one did."""
+    alone, shared = records(one, paper)[run_id], records(two, paper)[run_id]
+    assert shared.provenance["hardware"].startswith("2 x ")
+    assert any(name.startswith("grad_norm/") for name in alone.series)
+    assert shared.metrics == pytest.approx(alone.metrics, rel=1e-4, abs=1e-6)
+    losses = alone.series["loss/total"]
+    assert [step for step, _ in shared.series["loss/total"]] == [step for step, _ in losses]
+    assert [v for _, v in shared.series["loss/total"]] == pytest.approx([v for _, v in losses], rel=1e-4)
+    before, after = weights(one, run_id), weights(two, run_id)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -56,16 +89,62 @@ def test_two_processes_give_the_losses_gradients_and_weights_of_one(
         shutil.copytree(home / "runs" / last, other / "runs" / last)
         done = retrace("run", "quietstar/main", *SMALL, *arm, *placement, RETRACE_HOME=str(other))
         assert done.returncode == 0, done.stdout
-        one, two = records(home), records(other)
         for program in ("pretrain", "train"):
-            run_id = specs[program].id
-            assert two[run_id].provenance["hardware"].startswith("2 x ")
-            assert any(name.startswith("grad_norm/") for name in one[run_id].metrics)
-            assert two[run_id].metrics == pytest.approx(one[run_id].metrics, rel=1e-4, abs=1e-6)
-            before, after = weights(home, run_id), weights(other, run_id)
-            assert before.keys() == after.keys()
-            for name, tensor in before.items():
-                torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-5)
+            same_training(home, other, "quietstar", specs[program].id)
+
+
+# Chains of training runs of the two other papers, with two micro-batches in each step, and at three steps.
+OTHERS = {
+    "mm1/main": [
+        f"{part}.optim.{setting}"
+        for part in ("encoder", "decoder", "pretrain")
+        for setting in ("micro_batch_size=2", "steps=3")
+    ],
+    "deepscalelm/transfer": [
+        "training.learning_rates=[1.0e-3]",
+        *(
+            f"{part}.optim.{setting}"
+            for part in ("training", "transfer")
+            for setting in ("micro_batch_size=4", "steps=3")
+        ),
+    ],
+}
+
+
+def chain(target: str, *placement: str) -> list[RunSpec]:
+    """The last run of a target that trains, and all that it builds on."""
+    specs = [s for s in plan([target], [*OTHER, *OTHERS[target], *placement]) if s.program != "evaluate"]
+    wanted = {specs[-1].id}
+    for spec in reversed(specs):
+        wanted |= set(spec.parents.values()) if spec.id in wanted else set()
+    return [spec for spec in specs if spec.id in wanted]
+
+
+def train(home: Path, specs: list[RunSpec]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RETRACE_HOME", str(home))
+        summary = Local(Store(home), command="test", on_change=lambda *_: None).run(specs)
+    assert sorted(summary.done) == sorted(spec.id for spec in specs), summary
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A target, and a home in which its chain of trainings has ended in one process each."""
+    home = tmp_path_factory.mktemp("alone")
+    train(home, chain(request.param))
+    return request.param, home
+
+
+@pytest.mark.parametrize("placement", [WHOLE, SHARDED], ids=["whole", "sharded"])
+def test_two_processes_give_the_losses_and_weights_of_one_for_each_model_that_another_paper_trains(
+    placement: list[str], alone: tuple[str, Path], tmp_path: Path
+) -> None:
+    target, home = alone
+    specs = chain(target, *placement)
+    assert len(specs) == 3
+    train(tmp_path, specs)
+    for spec in specs:
+        same_training(home, tmp_path, spec.paper, spec.id)
 
 
 def start(worker: Worker, home: Path, spec: RunSpec, *, stop_at: int | None = None) -> dict[str, list[int]]:
@@ -91,20 +170,79 @@ def start(worker: Worker, home: Path, spec: RunSpec, *, stop_at: int | None = No
 
 def test_a_checkpoint_goes_on_with_another_number_of_processes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETRACE_HOME", str(home))
-    one, two = (
+    one, two, four = (
         next(s for s in plan(["quietstar/main"], [*SMALL, "base.optim.steps=60", *way]) if s.program == "pretrain")
-        for way in (ALONE, SHARDED)
+        for way in (ALONE, SHARDED, FOUR)
     )
     worker, ends, layouts = Worker(threads=1), [], []
-    for first, then in ((None, one), (one, two), (two, one)):
+    for first, then in ((None, one), (one, two), (two, one), (two, four)):
         if first is not None:
             layouts.append(start(worker, home, first, stop_at=5))
         start(worker, home, then)
         ends.append((records(home)[one.id].metrics, weights(home, one.id)))
         shutil.rmtree(home / "runs" / one.id)
     worker.close()
-    assert layouts[0] == layouts[1]
+    assert layouts[0] == layouts[1] == layouts[2]
     for metrics, tensors in ends[1:]:
         assert metrics == pytest.approx(ends[0][0], rel=1e-3)
         for name, tensor in ends[0][1].items():
             torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-3)
+
+
+def memory_runs_out(process: psutil.Process) -> None:
+    """The process gets no byte more than it has."""
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, -1))
+
+
+@pytest.mark.parametrize(
+    ("rank", "placement", "end", "reason"),
+    [
+        (
+            0,
+            SHARDED,
+            psutil.Process.kill,
+            r"process 0 of 2 was killed by signal 9; out of memory\? lower micro_batch_size",
+        ),
+        (
+            1,
+            WHOLE,
+            psutil.Process.kill,
+            r"process 1 of 2 was killed by signal 9; out of memory\? lower micro_batch_size",
+        ),
+        (
+            1,
+            SHARDED,
+            memory_runs_out,
+            r"process 1: out of memory in a pretrain run on cpu.*lower micro_batch_size \(now 2",
+        ),
+    ],
+    ids=["kill the first", "kill the second", "an exception in the second"],
+)
+def test_a_process_that_ends_takes_the_others_with_it_and_its_own_error_is_the_reason(
+    rank: int,
+    placement: list[str],
+    end: Callable[[psutil.Process], None],
+    reason: str,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RETRACE_HOME", str(home))
+    specs = plan(["quietstar/main"], [*SMALL, "base.optim.steps=100000", *placement])
+    run = Store(home).run(specs[0].id)
+    run.freeze(specs[0], command="test")
+    worker, outcome = Worker(threads=1), []
+    thread = threading.Thread(target=lambda: outcome.append(worker.run(specs[0], run.path)))
+    thread.start()
+    while run.state().step < 3 and thread.is_alive():
+        time.sleep(0.05)
+    processes = [p for p in psutil.process_iter() if str(run.path) in p.cmdline() and "RANK" in p.environ()]
+    (victim,) = (p for p in processes if p.environ()["RANK"] == str(rank))
+    end(victim)
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert not any(p.is_running() for p in processes)
+    ((status, said),) = outcome
+    assert status == "FAILED"
+    assert re.match(reason, said), said
+    assert run.state().status == "FAILED"
+    assert run.state().reason == said

@@ -45,7 +45,7 @@ def worker(home: Path, spec: RunSpec) -> subprocess.Popen[bytes]:
 
 def numbers(home: Path, spec: RunSpec) -> tuple[object, ...]:
     """All of a record that must not depend on having been killed: what is not a time."""
-    record = next(r for r in Store(home).records("quietstar") if r.id == spec.id)
+    record = next(r for r in Store(home).records(spec.paper) if r.id == spec.id)
     curves = {key: curve for key, curve in record.series.items() if not key.startswith("speed/")}
     return record.status, record.metrics, curves
 
@@ -84,8 +84,15 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
     content = bytearray((newest / "tensors.safetensors").read_bytes())
     content[-5] ^= 1
     (newest / "tensors.safetensors").write_bytes(content)
-    assert worker(home, spec).wait() == 0
-    assert "is damaged" in (run.path / "log.txt").read_text()
+    again = subprocess.run(
+        [sys.executable, "-m", "retrace.worker", str(run.path)],
+        env={**os.environ, "RETRACE_HOME": str(home)}, capture_output=True, text=True,
+    )  # fmt: skip
+    said = (
+        f"checkpoint {newest.name} is damaged (tensors.safetensors does not match its checksum): this run went on from"
+    )
+    assert again.stdout.startswith(f"DONE {said} step {int(newest.name[5:]) - 1}")
+    assert said in (run.path / "log.txt").read_text()
     assert numbers(home, spec) == numbers(undisturbed, spec)
 
 

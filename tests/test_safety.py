@@ -22,11 +22,12 @@ from transformers import LlamaConfig
 from retrace import worker
 from retrace.core import checkpoint, snapshot, squeue
 from retrace.core.config import SlurmJobs, validate
+from retrace.core.files import write_json
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
 from retrace.core.safety import own_folder, redact
 from retrace.core.slurm import _only_ours
-from retrace.core.store import RunDir, Store, write_json
+from retrace.core.store import RunDir, Store
 from retrace.core.tasks import read_task
 from retrace.core.texts import LocalText
 from retrace.papers.mm1 import corpora

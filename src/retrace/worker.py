@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from retrace.core import provenance
 from retrace.core.config import HOME
 from retrace.core.identity import science
+from retrace.core.memory import out_of_memory
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
 from retrace.core.record import Record, RunCost
@@ -47,7 +48,7 @@ class Outcome:
 
 def execute(path: Path, *, store: Store, stop: threading.Event) -> Outcome:
     """Run one run directory to its end. One run's failure, of whatever kind, is an outcome and not a crash."""
-    run = RunDir(path)
+    run, spec = RunDir(path), None
     try:
         spec, command = run.load()
         if int(os.environ.get("RANK", 0)) > 0:
@@ -60,7 +61,7 @@ def execute(path: Path, *, store: Store, stop: threading.Event) -> Outcome:
     except Busy as error:
         return Outcome("BUSY", str(error))
     except Exception as error:
-        return _failed(run, error)
+        return _failed(run, spec, error)
 
 
 def _program(run: RunDir, spec: RunSpec, command: str, *, store: Store, stop: threading.Event, main: bool) -> Outcome:
@@ -101,7 +102,7 @@ def _program(run: RunDir, spec: RunSpec, command: str, *, store: Store, stop: th
         store.write_record(_record(run, spec, ctx, command=command, status=status, metrics=metrics))
         run.finish(status, metrics=metrics, reason=reason)  # after the record: finished means that the numbers are safe
     log.info("%s: %s", spec.id, status)
-    return Outcome(status, reason)
+    return Outcome(status, "; ".join(filter(None, (reason, *ctx.warnings))))
 
 
 def _record(
@@ -142,11 +143,13 @@ def _record(
     )
 
 
-def _failed(run: RunDir, error: Exception) -> Outcome:
+def _failed(run: RunDir, spec: RunSpec | None, error: Exception) -> Outcome:
     """Write the reason down; where even that can't be written, the answer to the launcher still carries it."""
-    reason = redact(f"{type(error).__name__}: {error}".splitlines()[0])
-    if run.state().finished or int(os.environ.get("RANK", 0)) > 0:
-        return Outcome("FAILED", reason)  # a result stands; and of several processes only the first writes
+    exhausted = out_of_memory(error, spec) if spec else None
+    reason = redact(exhausted or f"{type(error).__name__}: {error}".splitlines()[0])
+    rank = int(os.environ.get("RANK", 0))
+    if run.state().finished or rank > 0:  # a result stands; and of several processes only the first writes
+        return Outcome("FAILED", f"process {rank}: {reason}" if rank else reason)
     try:
         run.finish("FAILED", reason=reason, traceback=redact(traceback.format_exc()))
     except OSError as second:

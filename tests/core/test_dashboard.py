@@ -19,8 +19,9 @@ import pytest
 from browser import CHROMIUM, chromium
 from conftest import Run
 
+from retrace.core.files import read_json
 from retrace.core.plan import RunSpec, plan
-from retrace.core.store import RunDir, Store, read_json
+from retrace.core.store import RunDir, Store
 from retrace.core.tracking import read_lines
 
 LIVE = ["scale=smoke", "seed=0", "base.optim.steps=60", "hardware.checkpoint_seconds=0", "tracking=trackio",

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from retrace.core.files import write_json
 from retrace.core.lookup import find_run
-from retrace.core.store import Store, write_json
+from retrace.core.store import Store
 
 LABEL = "size/big/s0"
 PARENTS = {"base": "demo-pretrain-0"}

@@ -102,3 +102,15 @@ def test_a_resumed_run_forgets_lines_after_its_checkpoint_and_torn_ones(home: Pa
     tracker.resume(2)
     tracker.log(3, {"loss": 0.25})
     assert tracker.series() == {"loss": ((1, 1.0), (2, 0.5), (3, 0.25))}
+
+
+def test_a_log_with_a_damaged_line_is_refused_by_its_number_and_a_torn_end_is_cut_off(tmp_path: Path) -> None:
+    tracker = Tracker(Store(tmp_path).run("run"), plan(["quietstar/main"], TINY)[0])
+    tracker.run.path.mkdir(parents=True)
+    file = tracker.run.path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    tracker.resume(2)
+    assert tracker.series() == {"loss": ((1, 2.0),)}
+    file.write_bytes(b'{"step": 1, "loss": 2.0}\n\x00\x00\xff\n{"step": 3, "loss": 1.0}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is damaged; delete it"):
+        tracker.resume(3)

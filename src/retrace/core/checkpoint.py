@@ -11,8 +11,8 @@ process that reads takes its part. Frozen parameters are not in it: they are as 
 
 from __future__ import annotations
 
+import errno
 import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from retrace.core.data import fingerprint
-from retrace.core.store import sync_folder, write_json
+from retrace.core.files import sync_folder, write_json
 
-log = logging.getLogger("retrace")
 KEEP = 2
 TENSORS, STATE = "tensors.safetensors", "state.json"
+STEPS = "step_" + 8 * "[0-9]"
+LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # other errors say nothing of the file
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -118,19 +119,28 @@ def save(
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     sync_folder(folder)
-    for old in sorted(folder.glob("step_*"))[:-KEEP]:
+    for old in sorted(folder.glob(STEPS))[:-KEEP]:
         shutil.rmtree(old)
 
 
-def newest(folder: Path) -> int:
-    """The step of the newest sound checkpoint, -1 where there is none. Damaged ones are removed: one process's task."""
-    for path in sorted(folder.glob("step_*"), reverse=True):
+def newest(folder: Path) -> tuple[int, str]:
+    """The step of the newest sound checkpoint, -1 where there is none; and a sentence on the damaged ones, if any.
+
+    Those are removed, or they would count among the ones that are kept: one process's task. Raises OSError where a
+    file is there and can't be opened, which damages nothing.
+    """
+    step, damaged = -1, []
+    for path in sorted(folder.glob(STEPS), reverse=True):
         damage = _damage(path)
         if damage is None:
-            return int(path.name.removeprefix("step_"))
-        log.warning("checkpoint %s is damaged (%s): going on from the one before it", path.name, damage)
-        shutil.rmtree(path)  # else it would count among those that are kept
-    return -1
+            step = int(path.name.removeprefix("step_"))
+            break
+        damaged.append(f"{path.name} is damaged ({damage})")
+        shutil.rmtree(path)
+    if not damaged:
+        return step, ""
+    instead = "none is left, so this run began anew" if step < 0 else f"this run went on from step {step}"
+    return step, f"checkpoint {', '.join(damaged)}: {instead}"
 
 
 def restore(folder: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -164,14 +174,20 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name, (size, digest) in manifest.items():
-            file = path / name
+        for name in (TENSORS, STATE):
+            file, (size, digest) = path / name, manifest[name]
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes, not {size}"
             if fingerprint(file) != digest:
                 return f"{name} does not match its checksum"
         with safe_open(path / TENSORS, "pt"):
             pass
-    except (OSError, ValueError, SafetensorError) as error:
-        return f"{type(error).__name__}: {error}"
+    except OSError as error:
+        if error.errno not in LOST:
+            raise
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, TypeError, KeyError):
+        return "manifest.json is not readable"
+    except SafetensorError as error:
+        return f"{TENSORS}: {error}"
     return None

@@ -189,9 +189,12 @@ def _set(tree: DictConfig, text: str) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     override = parse(text)
-    key = override.get_key_element()
+    key, value = override.get_key_element(), override.value()
     try:
-        OmegaConf.update(tree, key, override.value(), merge=True)
+        before = OmegaConf.select(tree, key)
+        kinds = [part.get("kind") if isinstance(part, Mapping) else None for part in (before, value)]
+        another = None not in kinds and kinds[0] != kinds[1]  # with keys of its own: it takes the place of the first
+        OmegaConf.update(tree, key, value, merge=not another)
     except OmegaConfBaseException as error:
         known = list(_leaves(OmegaConf.to_container(tree)))
         if key not in known:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -17,9 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from retrace.core.memory import what_to_lower
 from retrace.core.plan import RunSpec
 from retrace.core.safety import redact
-from retrace.core.store import FINISHED, Store
+from retrace.core.store import FINISHED, RunDir, Store
 
 BUSY_SECONDS = 2.0  # between two looks at a run that somebody else holds
 
@@ -67,7 +69,7 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            return self._died(process)
+            return self._died(process, spec)
         answer = json.loads(line)
         return answer["status"], answer["reason"]
 
@@ -87,10 +89,25 @@ class Worker:
         output = process.stdout.read()  # `communicate` would take the lines on stderr away from `_drain`
         process.wait()
         self._process = None
-        status, _, reason = output.strip().rpartition("\n")[2].partition(" ")
-        if status not in (*FINISHED, "FAILED", "STOPPED", "BUSY"):
-            return self._died(process)
-        return status, reason
+        said = [line.partition(" ") for line in output.splitlines()]
+        answers = [(word, rest) for word, _, rest in said if word in (*FINISHED, "FAILED", "STOPPED", "BUSY")]
+        found = next((answer for answer in answers if answer[0] in FINISHED), None) or self._killed(spec)
+        if found is None:  # one process's failure makes others fail; what was said first is the reason
+            found = next(iter(sorted(answers, key=lambda answer: answer[0] != "FAILED")), None)
+        if found is None:
+            return self._died(process, spec)
+        run = RunDir(path)
+        if found[0] == "FAILED" and run.state().reason != found[1]:  # the first process wrote what followed, or nothing
+            run.finish("FAILED", reason=found[1])
+        return found
+
+    def _killed(self, spec: RunSpec) -> tuple[str, str] | None:
+        """What torch's launcher says of a process that a signal ended before any other one ended, if so."""
+        text = "\n".join(self._errors).rpartition("Root Cause")[2]
+        match = re.search(r"rank\s*: (\d+) .*?exitcode\s*: -(\d+)", text, re.DOTALL)
+        if match is None:
+            return None
+        return "FAILED", f"process {match[1]} of {spec.hardware.processes} was {_ended(-int(match[2]), spec)}"
 
     def _start(self, command: list[str]) -> subprocess.Popen[str]:
         self._errors = []
@@ -111,15 +128,13 @@ class Worker:
         for line in process.stderr:
             self._errors = [*self._errors[-19:], redact(line.rstrip())]
 
-    def _died(self, process: subprocess.Popen[str]) -> tuple[str, str]:
+    def _died(self, process: subprocess.Popen[str], spec: RunSpec) -> tuple[str, str]:
         code = process.wait()
         self._process = None
         last = next((line for line in reversed(self._errors) if line.strip()), "it wrote nothing")
         if code == 3:
             return "STOPPED", last
-        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        hint = "; out of memory? lower micro_batch_size or hardware.parallel_runs" if code == -9 else ""
-        return "FAILED", f"its worker died ({how}{hint}): {last}"
+        return "FAILED", f"its worker died ({_ended(code, spec)}): {last}"
 
     def stop(self) -> None:
         """Ask the run in hand to save and stop."""
@@ -134,6 +149,12 @@ class Worker:
                 self._process.wait(timeout=30)
             except subprocess.TimeoutExpired:
                 self._process.kill()
+
+
+def _ended(code: int, spec: RunSpec) -> str:
+    """How a process ended."""
+    hint = f"; out of memory? {what_to_lower(spec)}" if code == -9 else ""
+    return f"killed by signal {-code}{hint}" if code < 0 else f"exit code {code}"
 
 
 class Local:

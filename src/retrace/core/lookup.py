@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from retrace.core.store import RunDir, Store, read_json
+from retrace.core.files import read_json
+from retrace.core.store import RunDir, Store
 
 
 @dataclass(frozen=True)

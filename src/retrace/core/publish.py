@@ -25,12 +25,13 @@ from retrace.core import boards, results
 from retrace.core.claims import load_words
 from retrace.core.compose import compose
 from retrace.core.config import Tracking, configs_of, validate
+from retrace.core.files import write_atomic
 from retrace.core.mirrors import Card, flush_offline, write_offline
 from retrace.core.paper import load_paper
 from retrace.core.plan import load_ablations
 from retrace.core.record import Record
 from retrace.core.safety import refuse_secrets
-from retrace.core.store import RunDir, Store, write_atomic
+from retrace.core.store import RunDir, Store
 from retrace.core.tracking import read_lines, wandb_mode
 from retrace.core.upload import DIGEST, Server
 from retrace.core.verdicts import Verdict

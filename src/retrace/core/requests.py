@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from retrace.core.answers import answer_ids, check_answer, encode
 from retrace.core.data import derive_seed
-from retrace.core.store import write_atomic
+from retrace.core.files import write_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

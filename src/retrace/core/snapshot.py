@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from retrace.core.config import CONFIGS, package_folder, paper_packages
+from retrace.core.files import write_json
 from retrace.core.provenance import SNAPSHOT, paper_code
 from retrace.core.safety import own_folder, refuse_secrets
-from retrace.core.store import Store, write_json
+from retrace.core.store import Store
 
 KEEP_SECONDS = 24 * 3600.0
 PACKAGE = Path(__file__).resolve().parents[1]

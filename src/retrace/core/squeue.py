@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from retrace.core.store import RunDir, read_json, write_json
+from retrace.core.files import read_json, write_json
+from retrace.core.store import RunDir
 
 JOB_NAME = "retrace"
 _ENDED = (

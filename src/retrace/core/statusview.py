@@ -13,9 +13,10 @@ from rich.text import Text
 
 from retrace.core import squeue
 from retrace.core.cost import makespan
+from retrace.core.files import read_json
 from retrace.core.plan import RunSpec, plan
 from retrace.core.planview import expected_seconds, shown
-from retrace.core.store import Store, read_json
+from retrace.core.store import Store
 from retrace.core.units import duration
 
 

@@ -25,14 +25,13 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import Any, TextIO
 
 from retrace.core.config import HOME, Hardware, Tracking, validate
+from retrace.core.files import read_json, sync_folder, write_atomic, write_json
 from retrace.core.identity import science
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
@@ -41,44 +40,8 @@ from retrace.core.record import Record
 HEARTBEAT_SECONDS = 10.0
 FINISHED = ("DONE", "DIVERGED")
 LEASE_SECONDS = 90.0  # a lease of another host is dead after this long without a heartbeat
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write, fsync, rename: a reader sees the old file or the new one, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames within a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any | None:
-    """The file's content, or None where there is no such file; raises ValueError, naming it, where it is broken."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:  # of JSON, or of text that is no UTF-8
-        raise ValueError(f"{path}: not readable as JSON ({error}); delete it and run again") from None
+LOCK = ".lock"
+LOOKS, LOOK_SECONDS = 5, 0.02
 
 
 @dataclass(frozen=True)
@@ -181,14 +144,27 @@ class RunDir:
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[None]:
-        """Hold the run: raises `Busy` while somebody alive holds it, takes over from the dead."""
+        """Hold the run: raises `Busy` while somebody alive holds it, takes over from the dead.
+
+        On one host the system's lock says who lives: it ends with its process and asks no clock.
+        """
         path = self.path / "lease.json"
-        with self._locked():
-            if self._holder():
-                raise Busy(f"{self.id} is being run by {self._holder()}")
-            me = psutil.Process()
-            owner = {"host": socket.gethostname(), "pid": me.pid, "started": me.create_time()}
-            write_json(path, owner)
+        with open(self.path / LOCK, "w") as lock:
+            if not _lock(lock):
+                raise Busy(f"{self.id} is being run by {self._holder() or 'another process'}")
+            os.utime(lock.fileno())  # the time of the disk's clock, which may not be that of this host
+            owner = read_json(path)
+            now = os.fstat(lock.fileno()).st_mtime
+            if owner and owner["host"] != socket.gethostname() and self._beats(now):
+                raise Busy(f"{self.id} is being run by {_name(owner)}")
+            with self._held(path):
+                yield
+
+    @contextlib.contextmanager
+    def _held(self, path: Path) -> Iterator[None]:
+        """Write the lease that others read, keep it young, and remove it."""
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": uuid.uuid4().hex}
+        write_json(path, owner)
         stop = threading.Event()
 
         def beat() -> None:
@@ -206,27 +182,45 @@ class RunDir:
             if _owner(path) == owner:
                 path.unlink(missing_ok=True)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with open(self.path / ".lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
     def _holder(self) -> str | None:
         """'host:pid' of a live owner, else None."""
-        path = self.path / "lease.json"
-        try:
-            owner, beat = json.loads(path.read_text()), path.stat().st_mtime
-        except FileNotFoundError:
+        owner = read_json(self.path / "lease.json")
+        if owner is None:
             return None
-        if owner["host"] == socket.gethostname():
-            try:
-                alive = abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 2
-            except psutil.NoSuchProcess:
-                alive = False
-        else:
-            alive = time.time() - beat < LEASE_SECONDS
-        return f"{owner['host']}:{owner['pid']}" if alive else None
+        here = owner["host"] == socket.gethostname()
+        return _name(owner) if (self._locked() if here else self._beats(time.time())) else None
+
+    def _locked(self) -> bool:
+        """Whether a process of this host holds the run."""
+        try:
+            with open(self.path / LOCK) as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def _beats(self, now: float) -> bool:
+        """Whether the lease is young. One from the future is as old as it is far: a clock was set back since."""
+        try:
+            return abs(now - (self.path / "lease.json").stat().st_mtime) < LEASE_SECONDS
+        except FileNotFoundError:
+            return False
+
+
+def _lock(file: TextIO) -> bool:
+    """Lock an open file for this process; False where another holds it, and not just looks at it for a moment."""
+    for _ in range(LOOKS):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(LOOK_SECONDS)
+    return False
+
+
+def _name(owner: Mapping[str, Any]) -> str:
+    return f"{owner['host']}:{owner['pid']}"
 
 
 def _owner(path: Path) -> Any | None:

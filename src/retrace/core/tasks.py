@@ -31,6 +31,7 @@ from retrace.core.config import read_yaml
 
 Rows = Sequence[Mapping[str, Any]]
 HUB_SECONDS = 5.0  # how long a hub may take to answer before it counts as unreachable
+STREAM_RETRIES = 2  # of a read that broke off, each of which tries five times within half a minute
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,18 @@ def require_hub(name: str, hint: str) -> None:
         _reach(endpoint)
     except ConnectionError:
         raise ValueError(f"{name}: the hub at {endpoint} can't be reached; {hint}") from None
+
+
+def open_stream(dataset: str, subset: str | None, *, split: str, revision: str) -> Any:
+    """A dataset of the hub, read as it is needed. Where it breaks off it is asked again for a minute and a half.
+
+    Left to itself the library does so for ten, in which a run that waits can't be stopped; and no run is lost by
+    ending, since the same command goes on from its checkpoint. Raises OSError or an error of `datasets`.
+    """
+    import datasets
+
+    datasets.config.STREAMING_READ_MAX_RETRIES = STREAM_RETRIES
+    return datasets.load_dataset(dataset, subset, split=split, revision=revision, streaming=True)
 
 
 @lru_cache  # of answers, for a plan of many runs; a failure is an exception, and not kept

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from retrace.core.config import Frozen, data_root
-from retrace.core.tasks import require_hub
+from retrace.core.tasks import open_stream, require_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,9 +103,7 @@ class HubText(Range):
         import datasets
 
         try:
-            rows = datasets.load_dataset(
-                self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True
-            )
+            rows = open_stream(self.dataset, self.subset, split=self.split, revision=self.revision)
             yield from self.cut(iter(rows), name=self.dataset)
         except (OSError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__

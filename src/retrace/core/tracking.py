@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from retrace.core.config import Tracking
+from retrace.core.files import write_atomic
 from retrace.core.mirrors import Card, Mirror, Trackio, open_wandb
 from retrace.core.plan import RunSpec
-from retrace.core.store import RunDir, write_atomic
+from retrace.core.store import RunDir
 
 log = logging.getLogger("retrace")
 MAX_POINTS = 60  # of a curve in a record; the whole curve stays beside the run
@@ -81,9 +82,19 @@ class Tracker:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; a torn last line, from a kill in the middle of a write, is left out."""
-    whole = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in whole]
+    """The whole lines of a JSONL file; a torn last line, from a kill in the middle of a write, is left out.
+
+    Raises ValueError for another one that is broken: steps would be missing in the record.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise ValueError(
+                f"{path}: line {number} is damaged; delete it and checkpoints/ beside it, and the run begins anew"
+            ) from None
+    return found
 
 
 def _thin(curve: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:

@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -68,7 +67,10 @@ def fit(
     rank, world = accelerator.process_index, accelerator.num_processes
     folder = ctx.run.path / "checkpoints"
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "last": {}}
-    found = parallel.from_main(accelerator, checkpoint.newest(folder) if accelerator.is_main_process else -1)
+    found, damage = checkpoint.newest(folder) if accelerator.is_main_process else (-1, "")
+    found = parallel.from_main(accelerator, found)
+    if damage:
+        ctx.warn(damage)
     if found >= 0:
         state = checkpoint.restore(folder, step=found, model=inner, optimizer=optimizer)
     ctx.tracker.resume(state["step"])
@@ -108,9 +110,10 @@ def fit(
         parallel.release(inner)
         metrics = _means(parts if world == 1 else gather_object(parts))
         if math.isfinite(metrics["loss/total"]):
-            metrics |= _clip(accelerator, optimizer, groups, optim)
-        if not all(map(math.isfinite, metrics.values())):
-            raise Diverged(step, last)
+            metrics |= _clip(optimizer, groups, optim)
+        lost = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if lost:
+            raise Diverged(step, last, what=lost[0])
         last = metrics
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -176,12 +179,13 @@ def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: fmean(part[name] for part in parts if name in part) for name in names}
 
 
-def _clip(
-    accelerator: Accelerator, optimizer: torch.optim.Optimizer, groups: Sequence[Group], optim: Optim
-) -> dict[str, float]:
-    """Clip in place, all gradients together or group by group; the norms before clipping."""
+def _clip(optimizer: torch.optim.Optimizer, groups: Sequence[Group], optim: Optim) -> dict[str, float]:
+    """Clip in place, all gradients together or group by group; the norms before clipping.
+
+    By torch: Accelerate compares sharded parameters by value where their order is not that of the model, and fails.
+    """
     parameters = {g.name: p["params"] for g, p in zip(groups, optimizer.param_groups, strict=True)}
     if optim.clip == "global":
         parameters = {"all": [p for chosen in parameters.values() for p in chosen]}
-    norms = {name: accelerator.clip_grad_norm_(chosen, optim.clip_norm) for name, chosen in parameters.items()}
+    norms = {name: nn.utils.clip_grad_norm_(chosen, optim.clip_norm) for name, chosen in parameters.items()}
     return {f"grad_norm/{name}": float(n.full_tensor() if isinstance(n, DTensor) else n) for name, n in norms.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from retrace.core.store import read_json
+from retrace.core.files import read_json
 
 
 def load_pretrained(kind: Any, name: str | Path, *, revision: str = "main", **options: Any) -> Any:

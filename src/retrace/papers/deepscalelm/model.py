@@ -86,6 +86,8 @@ class Transformer(nn.Module):
     drawn evenly. Raises ValueError where `init` has not the layers of `shape`.
     """
 
+    _no_split_modules = ("Layer",)  # what sharding splits a model into, named as transformers does
+
     def __init__(
         self, shape: ModelShape, init: ModelInit, *, seed: int = 0, profile_ids_BT: Tensor | None = None
     ) -> None:

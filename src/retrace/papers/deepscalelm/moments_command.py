@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from retrace.core.store import write_atomic
+from retrace.core.files import write_atomic
 from retrace.papers.deepscalelm.components import Moments
 from retrace.papers.deepscalelm.methods import METHODS, initialise
 from retrace.papers.deepscalelm.model_config import model_shape

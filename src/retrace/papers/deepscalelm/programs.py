@@ -89,9 +89,11 @@ def train(config: TrainConfig, ctx: Context) -> dict[str, float]:
         return metrics
     with ctx.run.folder(MODEL) as folder:
         save_file(tensors, folder / "model.safetensors")
+    if ctx.hardware.shard:  # this process has a part of each weight only
+        model = load(config, ctx.run).to(ctx.hardware.device)
     found = _heldout(config, ctx, model, "valid", ids_WT)
     if not math.isfinite(found["valid/loss"]):
-        raise Diverged(optim.steps, metrics)
+        raise Diverged(optim.steps, metrics, what="valid/loss")
     return {**metrics, **found}
 
 
@@ -107,7 +109,7 @@ def select(config: SelectConfig, ctx: Context) -> dict[str, float]:
     good = [i for i, record in enumerate(records) if record.status == "DONE"]
     if not good:
         first = min(record.metrics.get("diverged_at", 0.0) for record in records)
-        raise Diverged(int(first), {})
+        raise Diverged(int(first), {}, what="the loss of every training")
     best = min(good, key=lambda i: records[i].metrics["valid/loss"])
     chosen = records[best]
     _repeat_curves(chosen, ctx)
@@ -151,14 +153,18 @@ def finetune(config: FinetuneConfig, ctx: Context) -> dict[str, float]:
         loss=loss,
         cost=cost.finetune(config),
     )
+    tensors = whole(model_tensors(answerer), keep=ctx.is_main and ctx.hardware.shard)
     if not ctx.is_main:
         return metrics
+    if ctx.hardware.shard:  # this process has a part of each weight only
+        answerer = Answerer(load(config, ctx.parents["model"]), seed=config.seed)
+        answerer.load_state_dict(tensors)
     right = accuracy(answerer, asked, device=ctx.hardware.device)
     log.info("%s: %d layers, %.3f right", settings.questions.kind, shape.num_layers, right)
     return {"questions/loss": metrics["loss/total"], "questions/accuracy": right}
 
 
-def load(config: SelectConfig | FinetuneConfig, run: RunDir) -> Transformer:
+def load(config: TrainConfig | SelectConfig | FinetuneConfig, run: RunDir) -> Transformer:
     """The model that a run has left."""
     model = Transformer(config.model, make(config.model, config.method), seed=config.seed)
     model.load_state_dict(load_file(run.path / MODEL / "model.safetensors"))

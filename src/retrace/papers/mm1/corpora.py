@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from retrace.core.config import Frozen, data_root
-from retrace.core.tasks import require_hub
+from retrace.core.tasks import open_stream, require_hub
 
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "json"}
 HEAD = 1 << 16  # bytes of a file that its fingerprint reads
@@ -148,10 +148,7 @@ class HubDataset(_Corpus):
 
         require_hub(self.dataset, self._instead)
         try:
-            stream = datasets.load_dataset(
-                self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True
-            )
-            stream = _undecoded(stream)
+            stream = _undecoded(open_stream(self.dataset, self.subset, split=self.split, revision=self.revision))
             count = stream.num_shards
         except (OSError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(f"{self.dataset}: {_reason(error)}; {self._instead}") from error

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from retrace.core.config import data_root
 from retrace.core.context import Context, Stopped
 from retrace.core.evaluate import evaluate_task
+from retrace.core.files import read_json, write_json
 from retrace.core.precision import COMPUTED
-from retrace.core.store import read_json, write_json
 from retrace.papers.mm1 import cost, fewshot, inference
 from retrace.papers.mm1.choices import ImageTask
 from retrace.papers.mm1.config import TASKS, EvaluateConfig

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import safe_open
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from retrace.core.checkpoint import model_tensors
 from retrace.core.config import validate
-from retrace.core.store import write_json
+from retrace.core.files import write_json
 from retrace.papers.mm1.decoder import Decoder, decoder_of
 from retrace.papers.mm1.encoder import VisionEncoder, encoder_of
 from retrace.papers.mm1.model import MultimodalModel
@@ -37,7 +37,8 @@ def save_pretrained(model: Saved, folder: Path, *, tensors: Mapping[str, Tensor]
     found = dict(model_tensors(model) if tensors is None else tensors)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in found.items()}, folder / TENSORS)
-    write_json(folder / SETTINGS, {"format": FORMAT, "part": type(model).__name__, **_settings(model)})
+    part = next(kind.__name__ for kind in get_args(Saved) if isinstance(model, kind))  # sharding renames the class
+    write_json(folder / SETTINGS, {"format": FORMAT, "part": part, **_settings(model)})
 
 
 def from_pretrained(folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Saved:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from retrace.core.store import write_json
+from retrace.core.files import write_json
 from retrace.papers.quietstar.config import MixingHead, ThoughtConfig
 from retrace.papers.quietstar.pretrained import PUBLISHED, write_thoughts
 

@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from retrace.core.context import Context, Stopped
+from retrace.core.files import write_atomic
 from retrace.core.scoring import row_seed
-from retrace.core.store import write_atomic
 from retrace.papers.quietstar.config import EvaluateConfig
 from retrace.papers.quietstar.model import ThoughtModel
 from retrace.papers.quietstar.scorer import thought_noise

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from retrace.core.config import data_root
 from retrace.core.context import Context, Stopped
 from retrace.core.evaluate import evaluate_task
+from retrace.core.files import read_json, write_json
 from retrace.core.requests import OnProgress, Scorer
-from retrace.core.store import read_json, write_json
 from retrace.core.tasks import Rows
 from retrace.papers.quietstar.config import GENERATED, TASKS, EvaluateConfig
 from retrace.papers.quietstar.corpus import questions

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from retrace.core.checkpoint import model_tensors
 from retrace.core.config import data_root, validate
-from retrace.core.store import read_json, write_json
+from retrace.core.files import read_json, write_json
 from retrace.core.weights import load_pretrained
 from retrace.papers.quietstar.config import ThoughtConfig
 from retrace.papers.quietstar.model import ThoughtModel

@@ -12,8 +12,9 @@ import typer
 from rich.console import Console
 
 from retrace.core.config import papers
+from retrace.core.files import write_atomic
 from retrace.core.lookup import find_run
-from retrace.core.store import Store, write_atomic
+from retrace.core.store import Store
 from retrace.papers.quietstar.gains import Decoding, Export, Inspection
 
 if TYPE_CHECKING:
