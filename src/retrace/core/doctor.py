@@ -135,7 +135,8 @@ def _data() -> Iterator[Check]:
 def _services(configs: Path) -> Iterator[Check]:
     slurm = shutil.which("sbatch") is not None
     if slurm and squeue.queue() is None:
-        yield False, "Slurm: sbatch is here and squeue does not answer", "ask `sinfo`, and whoever runs the cluster"
+        remedy = "only for hardware=slurm_...: ask `sinfo`, and whoever runs the cluster"
+        yield None, "Slurm: sbatch is here and squeue does not answer", remedy
     else:
         yield slurm or None, "Slurm", "only for hardware=slurm_...: run on a login node, which has sbatch"
     try:
