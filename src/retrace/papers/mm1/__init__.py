@@ -5,6 +5,7 @@ from __future__ import annotations
 from retrace.core.paper import Paper, Program
 from retrace.papers.mm1 import cost
 from retrace.papers.mm1.config import (
+    ChooseConfig,
     DecoderConfig,
     EncoderConfig,
     EvaluateConfig,
@@ -31,6 +32,7 @@ PAPER = Paper(
         "pretrain": Program(PretrainConfig, f"{_PROGRAMS}:pretrain", cost.pretrain),
         "finetune": Program(FinetuneConfig, f"{_PROGRAMS}:finetune", cost.finetune),
         "evaluate": Program(EvaluateConfig, "retrace.papers.mm1.evaluation:evaluate", cost.evaluate),
+        "choose_rate": Program(ChooseConfig, "retrace.papers.mm1.rates:choose_rate", cost.choose_rate),
     },
     check=check,
 )

@@ -19,7 +19,7 @@ from retrace.papers.mm1.choices import (
     SourceName,
 )
 from retrace.papers.mm1.mixture import Mixture
-from retrace.papers.mm1.shape import ConnectorShape, ExpertsShape, VisionShape
+from retrace.papers.mm1.shape import ConnectorShape, DecoderShape, ExpertsShape, VisionShape
 from retrace.papers.mm1.world import WorldConfig
 
 TASKS = CONFIGS / "mm1" / "tasks"
@@ -98,6 +98,14 @@ class Counts(Frozen):
     many: int
 
 
+class Decoders(Frozen):
+    """Decoders of the learning rate's law."""
+
+    small: DecoderShape
+    medium: DecoderShape
+    large: DecoderShape
+
+
 class Sizes(Frozen):
     """What the arms of the ablations are at a scale; configs refer to it by interpolation."""
 
@@ -107,6 +115,22 @@ class Sizes(Frozen):
     larger: int  # width of the larger encoder, and of its MLP
     larger_mlp: int
     experts: int
+    decoders: Decoders
+
+
+class Rates(Frozen):
+    """The learning rates of joint pre-training that an experiment chooses from (Section 3.2)."""
+
+    learning_rates: tuple[float, ...] = Field(min_length=2)
+    near: float = Field(
+        ge=0, lt=1
+    )  # share of the best score that another rate may lack and still count as one of the best
+
+    @model_validator(mode="after")
+    def _rates_rise(self) -> Self:
+        if self.learning_rates[0] <= 0 or sorted(set(self.learning_rates)) != [*self.learning_rates]:
+            raise ValueError(f"learning_rates={list(self.learning_rates)}: expected rising numbers above 0")
+        return self
 
 
 class Tunings(Frozen):
@@ -130,6 +154,7 @@ class MM1Config(Experiment):
     data: Data
     pretrain: Pretrain
     finetune: Finetune | None
+    rates: Rates | None  # null: the one rate of pretrain.optim
     eval: Evaluation
 
     @property
@@ -287,3 +312,12 @@ class EvaluateConfig(Frozen):
     @property
     def vision(self) -> VisionShape:
         return self.encoder.vision(self.image_size // 2 if self.sub_images else self.image_size)
+
+
+class ChooseConfig(Frozen):
+    """Program `choose_rate`. Parent `rate_<i>` is the evaluation behind a pre-training at `rates.learning_rates[i]`."""
+
+    rates: Rates
+    metric: str  # of the evaluation, the higher the better
+    num_parameters: int  # of the decoder without embeddings
+    seed: int

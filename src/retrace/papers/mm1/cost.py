@@ -12,6 +12,7 @@ from retrace.core.optim import Optim, Precision
 from retrace.papers.mm1.choices import Corpora, vocab_size
 from retrace.papers.mm1.config import (
     SUB_IMAGES,
+    ChooseConfig,
     DecoderConfig,
     EncoderConfig,
     EvaluateConfig,
@@ -198,6 +199,12 @@ def evaluate(config: EvaluateConfig) -> Cost:
     kept = size * longest * (2 * shape.num_layers + 12) * shape.hidden_size
     memory = Memory(sum(parameters(config).values()), 0, precision, activations=kept, checkpointed=kept)
     return Cost(int(tokens), flops, memory, shared=False)
+
+
+def choose_rate(config: ChooseConfig) -> Cost:
+    """A look at some records."""
+    looks = len(config.rates.learning_rates)
+    return Cost(0, float(looks), Memory(0, 0, "fp32", activations=0.0, checkpointed=0.0), shared=False)
 
 
 def _memory(

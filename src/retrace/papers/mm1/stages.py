@@ -1,6 +1,6 @@
 """The runs that an experiment needs, and what must be at hand before any of them starts.
 
-(prepare, real data only) -> pretrain_encoder, pretrain_decoder -> pretrain (-> finetune) -> evaluate
+(prepare, real data only) -> pretrain_encoder, pretrain_decoder -> pretrain (-> finetune) -> evaluate (-> choose_rate)
 
 Encoders and decoders are shared by all experiments that make them alike; pretrained ones take their places.
 """
@@ -14,7 +14,7 @@ from retrace.core.config import data_root
 from retrace.core.paper import Stage
 from retrace.core.tasks import require_hub, task_fingerprint, validate_tasks
 from retrace.core.weights import require_weights
-from retrace.papers.mm1 import corpora
+from retrace.papers.mm1 import corpora, cost
 from retrace.papers.mm1.choices import (
     Corpora,
     PretrainedDecoder,
@@ -24,18 +24,22 @@ from retrace.papers.mm1.choices import (
 )
 from retrace.papers.mm1.config import (
     TASKS,
+    ChooseConfig,
     DecoderConfig,
     EncoderConfig,
     EvaluateConfig,
     FinetuneConfig,
     MM1Config,
     PretrainConfig,
+    Rates,
     TokenizerConfig,
 )
 
 
 def stages(config: MM1Config) -> Stage:
     """The last stage of an experiment, with those that it builds on. Raises ValueError for an unknown task."""
+    if config.rates is not None:
+        return _choice(config, config.rates)
     c, files = config, _fingerprints(config)
     words = _tokenizer(c, files)
     parents = {**words}
@@ -73,6 +77,22 @@ def stages(config: MM1Config) -> Stage:
         **shared,
     )
     return Stage("evaluate", last, seed=c.seed, parents={"model": model, **words})
+
+
+def _choice(c: MM1Config, rates: Rates) -> Stage:
+    """The same experiment at every learning rate, and the choice among them (Section 3.2)."""
+    parents = {}
+    for index, rate in enumerate(rates.learning_rates):
+        optim = c.pretrain.optim.model_copy(update={"learning_rate": rate})
+        pretrain = c.pretrain.model_copy(update={"optim": optim})
+        parents[f"rate_{index}"] = stages(c.model_copy(update={"pretrain": pretrain, "rates": None}))
+    chosen = ChooseConfig(
+        rates=rates,
+        metric=f"mmcore_{max(c.eval.shots)}/mean",
+        num_parameters=cost.counted(c.decoder.shape, 0).parameters,
+        seed=c.seed,
+    )
+    return Stage("choose_rate", chosen, seed=c.seed, parents=parents)
 
 
 def _tokenizer(c: MM1Config, files: dict[str, str]) -> dict[str, Stage]:
