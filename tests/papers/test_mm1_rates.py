@@ -40,7 +40,7 @@ def test_the_choice_is_the_mean_in_decades_of_the_rates_near_the_best_score(tmp_
             index = next(int(name[-1]) for name, parent in chosen.parents.items() if parent == spec.id)
             scores[index] = [0.1, 0.395, 0.4, 0.2, 0.0][index]
             told = record.model_copy(update={"metrics": {**record.metrics, chosen.config.metric: scores[index]}})
-            (run.path / "record.json").write_text(told.model_dump_json())
+            (run.path / "record.json").write_text(told.model_dump_json(by_alias=True))
     found = Record.load(store.run(chosen.id).path / "record.json").metrics
     rates = chosen.config.rates.learning_rates
     assert found["rate/log10"] == pytest.approx((math.log10(rates[1]) + math.log10(rates[2])) / 2)
