@@ -209,6 +209,7 @@ def test_every_method_fills_every_kind_and_refuses_the_other_placement(method: s
         ("dslm", {"k": 11.9, "alpha": 0.5}, "alpha=0.5"),
         ("dslm", {"k": "papr"}, "'code', 'layers2'"),
         ("dslm", {"beta_sq": 1.0}, "beta_sq=1.0"),
+        ("dslm", {"corr0": -0.02}, "corr0: .* -0.018 of the variance.* alike on average"),
         ("ds_init", {"reading": "tf"}, "'paper'.*'code'"),
     ],
 )
