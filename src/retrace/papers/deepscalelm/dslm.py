@@ -136,13 +136,13 @@ def attention(
 ) -> AttentionInit:
     """Queries and keys 1/sqrt(d); values and output such that d e var_V var_O passed / (1-p) = 1.
 
-    e: `output_size`, the columns of the output matrix; None: d. Raises ValueError for `passed` of 0 or below: nothing to
-    make good, as where inputs are less alike than chance.
+    e: `output_size`, the columns of the output matrix; None: d. Raises ValueError for `passed` of 0 or below, as
+    where inputs are less alike than chance: there is nothing to make good.
     """
     if passed <= 0:
         raise ValueError(
-            f"corr0: attention would pass on {passed:.3g} of the variance, and the method divides by it: expected inputs "
-            "that are alike on average; measure r0 on more or longer sequences, or give method.options.corr0"
+            f"corr0: attention would pass on {passed:.3g} of the variance, and the method divides by it: expected "
+            "inputs that are alike on average; measure r0 on more or longer sequences, or give method.options.corr0"
         )
     width = hidden_size * (hidden_size if output_size is None else output_size)
     last = ((1 - dropout) / (passed * width)) ** 0.25
