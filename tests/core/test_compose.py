@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from retrace.core import compose as composing
+from retrace.core import config
 from retrace.core.compose import compose
 from retrace.core.config import CONFIGS
 from retrace.core.plan import load_ablations
@@ -34,6 +35,7 @@ def another_process() -> None:
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of configs with one paper, demo."""
     monkeypatch.setattr(composing, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(config, "CONFIGS", tmp_path / "configs")
     (tmp_path / "configs" / "demo").mkdir(parents=True)
     return tmp_path / "configs" / "demo"
 
