@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from retrace.core.claims import load_claims, load_words
-from retrace.core.config import configs_of
+from retrace.core.discovery import configs_of
 from retrace.core.plan import load_ablations
 from retrace.core.reportview import summary, view_verdict
 from retrace.core.results import planned_runs

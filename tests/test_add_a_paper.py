@@ -99,7 +99,7 @@ def test_a_job_in_the_queue_runs_a_copy_of_the_package(followed: tuple[Path, str
         ["python", "-c", script, folder], env=environment, capture_output=True, text=True, check=True
     ).stdout.strip()
     seen = subprocess.run(
-        ["python", "-c", "from retrace.core.config import configs_of; print(configs_of('double_descent'))"],
+        ["python", "-c", "from retrace.core.discovery import configs_of; print(configs_of('double_descent'))"],
         env={**environment, "PYTHONPATH": f"{taken}/src"},
         capture_output=True,
         text=True,

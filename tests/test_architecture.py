@@ -16,13 +16,13 @@ PAPERS = sorted(path.name for path in (SOURCE / "papers").iterdir() if (path / "
 # Layer 0 answers at once on a login node: no torch, also not through what it imports.
 LAYER_0 = {
     "cli", "core.boards", "core.claims", "core.completion", "core.compose", "core.config", "core.cost",
-    "core.dashboard", "core.doctor", "core.figures", "core.files", "core.identity", "core.launch", "core.memo",
-    "core.memory", "core.mirrors", "core.outlook", "core.overview", "core.pages", "core.paper", "core.plan",
-    "core.planview", "core.power", "core.profiles", "core.progress", "core.provenance", "core.publish", "core.record",
-    "core.report", "core.reportfigures", "core.reportruns", "core.reportview", "core.results", "core.samplefigure",
-    "core.samples", "core.scales", "core.slurm", "core.snapshot", "core.squeue", "core.stats", "core.statusview",
-    "core.store", "core.svg", "core.sweep", "core.tasks", "core.texts", "core.tracking", "core.units", "core.upload",
-    "core.verdictfigures", "core.verdicts", "usage",
+    "core.dashboard", "core.discovery", "core.doctor", "core.figures", "core.files", "core.identity", "core.launch",
+    "core.memo", "core.memory", "core.mirrors", "core.outlook", "core.overview", "core.pages", "core.paper",
+    "core.plan", "core.planview", "core.power", "core.profiles", "core.progress", "core.provenance", "core.publish",
+    "core.record", "core.report", "core.reportfigures", "core.reportruns", "core.reportview", "core.results",
+    "core.samplefigure", "core.samples", "core.scales", "core.slurm", "core.snapshot", "core.squeue", "core.stats",
+    "core.statusview", "core.store", "core.svg", "core.sweep", "core.tasks", "core.texts", "core.tracking",
+    "core.units", "core.upload", "core.verdictfigures", "core.verdicts", "usage",
 }  # fmt: skip
 HOMES = {
     "hydra": ("core.compose",), "wandb": ("core.mirrors", "core.upload"), "lm_eval": ("core.evaluate", "plugin"),

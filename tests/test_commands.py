@@ -10,7 +10,7 @@ from conftest import Run
 
 from retrace.cli import app
 from retrace.core import paper as contract
-from retrace.core.config import papers
+from retrace.core.discovery import papers
 from retrace.core.paper import Command, Paper, load_paper, paper_commands
 
 BUILT_IN = {command.name or command.callback.__name__.rstrip("_") for command in app.registered_commands}  # type: ignore[union-attr]

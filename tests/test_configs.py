@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from retrace.core.claims import load_claims, load_words
-from retrace.core.config import CONFIGS, papers
+from retrace.core.config import CONFIGS
+from retrace.core.discovery import papers
 from retrace.core.plan import load_ablations, plan
 from retrace.core.planview import cost_of
 

@@ -17,7 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from retrace.core.completion import complete_papers, complete_scales, complete_words
-from retrace.core.config import CONFIGS, HOME, papers
+from retrace.core.config import CONFIGS, HOME
+from retrace.core.discovery import papers
 from retrace.core.paper import load_paper
 from retrace.core.safety import RedactingFormatter, deny_others, redact, redact_tracebacks
 from retrace.usage import Commands, Output, WrongUsage, explain_usage, teach

@@ -11,7 +11,7 @@ import pytest
 from retrace.core.plan import plan
 from retrace.core.record import Record
 from retrace.core.store import Store
-from retrace.papers.mm1.config import ChooseConfig
+from retrace.papers.mm1.program_configs import ChooseConfig
 from retrace.papers.mm1.rates import law
 from retrace.worker import execute
 

@@ -21,10 +21,11 @@ from retrace.core.plan import RunSpec, load_ablations, plan
 from retrace.core.record import Record
 from retrace.core.store import Store
 from retrace.papers.mm1 import cost, programs
-from retrace.papers.mm1.config import MM1Config, PretrainConfig
+from retrace.papers.mm1.config import MM1Config
 from retrace.papers.mm1.decoder import build_decoder
 from retrace.papers.mm1.encoder import build_encoder
 from retrace.papers.mm1.model import MultimodalModel
+from retrace.papers.mm1.program_configs import PretrainConfig
 from retrace.papers.mm1.world import IMAGE, vocabulary
 from retrace.worker import execute
 

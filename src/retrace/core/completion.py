@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 
 import typer
 
-from retrace.core.config import CONFIGS, SCALES, configs_of, papers, read_yaml
+from retrace.core.config import CONFIGS, SCALES, read_yaml
+from retrace.core.discovery import configs_of, papers
 
 
 def complete_papers(incomplete: str) -> list[str]:

@@ -17,7 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrace.core.config import CONFIGS, configs_of, suggest
+from retrace.core.config import CONFIGS, suggest
+from retrace.core.discovery import configs_of
 from retrace.core.memo import remember
 from retrace.core.safety import refuse_secrets
 

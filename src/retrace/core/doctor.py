@@ -14,7 +14,8 @@ import psutil
 from rich.console import Console
 
 from retrace.core import provenance, squeue
-from retrace.core.config import Hardware, Tracking, configs_of, data_root, papers, read_yaml, validate
+from retrace.core.config import Hardware, Tracking, data_root, read_yaml, validate
+from retrace.core.discovery import configs_of, papers
 from retrace.core.plan import load_ablations, plan
 from retrace.core.tracking import wandb_mode
 

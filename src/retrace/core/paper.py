@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
-from retrace.core.config import PAPERS, Experiment, Frozen, paper_packages, papers, suggest
+from retrace.core.config import Experiment, Frozen, suggest
+from retrace.core.discovery import PAPERS, paper_packages, papers
 
 if TYPE_CHECKING:
     from retrace.core.cost import Cost

@@ -19,19 +19,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from retrace.core.compose import compose, expand_sweep, override_key
-from retrace.core.config import (
-    SCALES,
-    Experiment,
-    Frozen,
-    Hardware,
-    Scale,
-    Tracking,
-    configs_of,
-    papers,
-    read_yaml,
-    suggest,
-    validate,
-)
+from retrace.core.config import SCALES, Experiment, Frozen, Hardware, Scale, Tracking, read_yaml, suggest, validate
+from retrace.core.discovery import configs_of, papers
 from retrace.core.identity import run_id
 from retrace.core.paper import Paper, Stage, load_paper
 from retrace.core.safety import refuse_secrets

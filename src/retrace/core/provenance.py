@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from retrace.core.config import package_folder, paper_packages
+from retrace.core.discovery import package_folder, paper_packages
 
 PACKAGES = (
     "accelerate",

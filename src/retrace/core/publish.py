@@ -24,7 +24,8 @@ from rich.progress import track
 from retrace.core import boards, results
 from retrace.core.claims import load_words
 from retrace.core.compose import compose
-from retrace.core.config import Tracking, configs_of, validate
+from retrace.core.config import Tracking, validate
+from retrace.core.discovery import configs_of
 from retrace.core.files import write_atomic
 from retrace.core.mirrors import Card, flush_offline, write_offline
 from retrace.core.paper import load_paper

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from retrace.core import power
 from retrace.core.claims import Claim, load_claims, load_words
-from retrace.core.config import SCALES, configs_of
+from retrace.core.config import SCALES
+from retrace.core.discovery import configs_of
 from retrace.core.outlook import outlooks
 from retrace.core.overview import Judged, build_overview
 from retrace.core.paper import load_paper

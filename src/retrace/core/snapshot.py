@@ -17,7 +17,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from retrace.core.config import CONFIGS, package_folder, paper_packages
+from retrace.core.config import CONFIGS
+from retrace.core.discovery import package_folder, paper_packages
 from retrace.core.files import write_json
 from retrace.core.provenance import SNAPSHOT, paper_code
 from retrace.core.safety import own_folder, refuse_secrets

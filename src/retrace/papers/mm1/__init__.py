@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from retrace.core.paper import Paper, Program
 from retrace.papers.mm1 import cost
-from retrace.papers.mm1.config import (
+from retrace.papers.mm1.config import MM1Config
+from retrace.papers.mm1.program_configs import (
     ChooseConfig,
     DecoderConfig,
     EncoderConfig,
     EvaluateConfig,
     FinetuneConfig,
-    MM1Config,
     PretrainConfig,
     TokenizerConfig,
 )

@@ -10,15 +10,14 @@ from retrace.core.cost import COMPUTED, FP32, Cost, Memory
 from retrace.core.cost import DecoderShape as Counted
 from retrace.core.optim import Optim, Precision
 from retrace.papers.mm1.choices import Corpora, vocab_size
-from retrace.papers.mm1.config import (
-    SUB_IMAGES,
+from retrace.papers.mm1.config import SUB_IMAGES, Rows
+from retrace.papers.mm1.program_configs import (
     ChooseConfig,
     DecoderConfig,
     EncoderConfig,
     EvaluateConfig,
     FinetuneConfig,
     PretrainConfig,
-    Rows,
     TokenizerConfig,
 )
 from retrace.papers.mm1.shape import ConnectorShape, DecoderShape, ExpertsShape, VisionShape

@@ -22,11 +22,12 @@ from retrace.core.files import read_json, write_json
 from retrace.core.precision import COMPUTED
 from retrace.papers.mm1 import cost, fewshot, inference
 from retrace.papers.mm1.choices import ImageTask
-from retrace.papers.mm1.config import TASKS, EvaluateConfig
+from retrace.papers.mm1.config import TASKS
 from retrace.papers.mm1.corpus_source import CorpusSource
 from retrace.papers.mm1.fewshot import Scores, Task, group_means, read_items, with_demonstrations
 from retrace.papers.mm1.model import MultimodalModel
 from retrace.papers.mm1.pretrained import load_model
+from retrace.papers.mm1.program_configs import EvaluateConfig
 from retrace.papers.mm1.rows import Piece
 from retrace.papers.mm1.sources import image_id, load_tokenizer
 from retrace.papers.mm1.subimages import split_images

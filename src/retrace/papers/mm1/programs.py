@@ -17,14 +17,7 @@ from retrace.core.precision import KEPT
 from retrace.core.train import Batch, Group, fit
 from retrace.papers.mm1 import cost
 from retrace.papers.mm1.choices import PretrainedDecoder, PretrainedEncoder, vocab_size
-from retrace.papers.mm1.config import (
-    DecoderConfig,
-    EncoderConfig,
-    FinetuneConfig,
-    PretrainConfig,
-    Rows,
-    TokenizerConfig,
-)
+from retrace.papers.mm1.config import Rows
 from retrace.papers.mm1.contrastive import ContrastiveModel, TextTowerShape
 from retrace.papers.mm1.decoder import Decoder, build_decoder, load_decoder
 from retrace.papers.mm1.encoder import VisionEncoder, build_encoder, load_encoder
@@ -33,6 +26,13 @@ from retrace.papers.mm1.mixture import Mixture
 from retrace.papers.mm1.model import PARTS, MultimodalModel
 from retrace.papers.mm1.pairs import Pairs
 from retrace.papers.mm1.pretrained import Saved, from_pretrained, load_model, save_pretrained
+from retrace.papers.mm1.program_configs import (
+    DecoderConfig,
+    EncoderConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    TokenizerConfig,
+)
 from retrace.papers.mm1.reconstruction import ReconstructiveModel, sample_prefixes
 from retrace.papers.mm1.rows import PackedBatch
 from retrace.papers.mm1.sources import (

@@ -8,7 +8,7 @@ from statistics import fmean
 from retrace.core.context import Context
 from retrace.core.record import Record
 from retrace.papers.mm1 import cost
-from retrace.papers.mm1.config import ChooseConfig
+from retrace.papers.mm1.program_configs import ChooseConfig
 
 SLOPE, OFFSET = -0.4214, -0.5535  # ln of the peak rate = SLOPE * ln(parameters) + OFFSET
 

@@ -22,16 +22,14 @@ from retrace.papers.mm1.choices import (
     ScratchDecoder,
     ScratchEncoder,
 )
-from retrace.papers.mm1.config import (
-    TASKS,
+from retrace.papers.mm1.config import TASKS, MM1Config, Rates
+from retrace.papers.mm1.program_configs import (
     ChooseConfig,
     DecoderConfig,
     EncoderConfig,
     EvaluateConfig,
     FinetuneConfig,
-    MM1Config,
     PretrainConfig,
-    Rates,
     TokenizerConfig,
 )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from retrace.core.config import papers
+from retrace.core.discovery import papers
 from retrace.core.files import write_atomic
 from retrace.core.lookup import find_run
 from retrace.core.store import Store
