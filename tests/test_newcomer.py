@@ -66,7 +66,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # all but tab and newline
         ("quietstar/thoughts eval.tasks=gsm8k", "eval.tasks='gsm8k': expected a list, as in [a,b] or [a]"),
         ("quietstar/thoughts seed=0,", "is not an override: mismatched input end; write key=value"),
         ("deepscalelm/trainability method.name=zz", "method='zz': no such method; the methods are: "),
-        ("quietstar hardware=laptop", "hardware=laptop: no such hardware for quietstar; there are: cpu, gpu1, gpu8"),
+        ("quietstar hardware=laptop", "hardware=laptop: no such hardware for quietstar; there are: cpu, gpu1, "),
         (
             "quietstar tracking.wandb=true",
             "tracking.wandb=True: input should be 'auto', ",
@@ -116,7 +116,7 @@ ABLATION = "question: Q\nlocus: ours\nbase: quietstar/main\nseeds: [0, 1, 2]\nba
     ("old", "new", "expected"),
     [
         (ABLATION, "", "odd.yaml: expected keys and values, found nothing"),
-        ("one: []", "one: [a=1", "odd.yaml, line 8: not readable as YAML: expected ',' or ']'"),
+        ("one: []", "one: [a=1", "odd.yaml, line 8: not readable as YAML: .*expected ',' or ']'"),
         ("  one: []", "\tone: []", "odd.yaml, line 7: not readable as YAML: .* indent with spaces, not with a tab"),
         ("Q\n", "Is it: so\n", 'odd.yaml, line 1: not readable as YAML: .* put a text that holds ": " in quotes'),
         ("one: []", "one: a=1", "odd.yaml: arms.one='a=1': expected a list, as in"),

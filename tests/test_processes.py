@@ -62,7 +62,11 @@ def same_training(one: Path, two: Path, paper: str, run_id: str) -> None:
     alone, shared = records(one, paper)[run_id], records(two, paper)[run_id]
     assert shared.provenance["hardware"].startswith("2 x ")
     assert any(name.startswith("grad_norm/") for name in alone.series)
-    assert shared.metrics == pytest.approx(alone.metrics, rel=1e-4, abs=1e-6)
+    assert shared.metrics.keys() == alone.metrics.keys()
+    for name, value in alone.metrics.items():
+        # rewards are differences of log-probabilities, here some 1e-5, and their signs those of what rounding leaves
+        rounding = {"reward/mean": 1e-5, "reward/positive_fraction": 0.02}.get(name, 1e-6)
+        assert shared.metrics[name] == pytest.approx(value, rel=1e-4, abs=rounding), name
     losses = alone.series["loss/total"]
     assert [step for step, _ in shared.series["loss/total"]] == [step for step, _ in losses]
     assert [v for _, v in shared.series["loss/total"]] == pytest.approx([v for _, v in losses], rel=1e-4)

@@ -231,11 +231,13 @@ def parse_yaml(path: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        hint = {
-            "found character '\\t' that cannot start any token": "; indent with spaces, not with a tab",
-            "mapping values are not allowed here": '; put a text that holds ": " in quotes',
-        }.get(str(error.problem), "")
-        raise ValueError(f"{path}{line}: not readable as YAML: {error.problem}{hint}") from None
+        problem = str(error.problem)  # in words of libyaml, or of the slower parser where it is not there
+        hint = (
+            "; indent with spaces, not with a tab" if "cannot start any token" in problem
+            else '; put a text that holds ": " in quotes' if "mapping values are not allowed" in problem
+            else ""
+        )  # fmt: skip
+        raise ValueError(f"{path}{line}: not readable as YAML: {problem}{hint}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
 
