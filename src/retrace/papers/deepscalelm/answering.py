@@ -51,6 +51,8 @@ class Answerer(nn.Module):
     def __init__(self, model: Transformer, *, seed: int) -> None:
         super().__init__()
         self.model = model
+        for unused in filter(None, (model.head_dense, model.head_norm)):  # of masked words; no gradient comes here
+            unused.requires_grad_(False)
         size = model.shape.hidden_size
         weight = torch.randn(1, size, generator=generator(seed, "score")) * 0.02
         self.score = nn.Parameter(weight)

@@ -148,7 +148,9 @@ def finetune(config: FinetuneConfig, ctx: Context) -> dict[str, float]:
         answerer,
         ctx=ctx,
         optim=optim,
-        groups=[Group("all", list(answerer.parameters()), optim.learning_rate, optim.weight_decay)],
+        groups=[
+            Group("all", [p for p in answerer.parameters() if p.requires_grad], optim.learning_rate, optim.weight_decay)
+        ],
         rows=rows,
         loss=loss,
         cost=cost.finetune(config),
