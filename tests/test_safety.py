@@ -157,7 +157,7 @@ def test_pickles_among_checkpoints_are_not_read(trap: Trap, tmp_path: Path) -> N
         trap.lay(step / name)
     size, digest = trap.file.stat().st_size, checkpoint.fingerprint(trap.file)
     write_json(step / "manifest.json", {"tensors.safetensors": [size, digest], "state.json": [size, digest]})
-    assert checkpoint.newest(step.parent) == -1
+    assert checkpoint.newest(step.parent)[0] == -1
     assert not step.exists()
 
 
@@ -279,7 +279,7 @@ def test_a_run_that_fails_with_a_secret_in_its_error_writes_it_nowhere(
     try:
         raise error
     except RuntimeError as caught:
-        outcome = worker._failed(RunDir(tmp_path), caught)
+        outcome = worker._failed(RunDir(tmp_path), None, caught)
     assert outcome.reason == "RuntimeError: Illegal header value b'<HF_TOKEN>'"
     result = (tmp_path / "result.json").read_text()
     assert "Traceback" in result
