@@ -1,16 +1,22 @@
-"""Tiny multimodal models and packed batches for the tests of papers/mm1."""
+"""Tiny multimodal models, packed batches and runs for the tests of papers/mm1."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from retrace.core.plan import RunSpec
+from retrace.core.record import Record
+from retrace.core.store import Store
 from retrace.papers.mm1.decoder import Decoder, build_decoder
 from retrace.papers.mm1.encoder import build_encoder
 from retrace.papers.mm1.model import MultimodalModel
 from retrace.papers.mm1.rows import IGNORED, PackedBatch
 from retrace.papers.mm1.shape import ConnectorKind, ConnectorShape, DecoderShape, ExpertsShape, VisionShape
+from retrace.worker import execute
 
 IMAGE, VOCAB, SIDE, TOKENS = 3, 50, 16, 4
 VISION = VisionShape(image_size=SIDE, patch_size=4, hidden_size=24, num_layers=2, num_heads=4, intermediate_size=40)
@@ -66,3 +72,15 @@ def place(document: Sequence[Item]) -> list[int]:
 
 def _labels(tokens: list[int]) -> list[int]:
     return [IGNORED if token == IMAGE else token for token in tokens[1:]] + [IGNORED]
+
+
+def carry_out(specs: Sequence[RunSpec], home: Path) -> dict[str, Record]:
+    """Every run in this process, parents first; the records by program, the last one of each."""
+    store, found = Store(home), {}
+    for spec in specs:
+        run = store.run(spec.id)
+        run.freeze(spec, command="test")
+        outcome = execute(run.path, store=store, stop=threading.Event())
+        assert outcome.status == "DONE", outcome.reason
+        found[spec.program] = Record.load(run.path / "record.json")
+    return found

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import threading
 from pathlib import Path
 
 import pytest
+from multimodal import carry_out
 
 from retrace.core.plan import plan
 from retrace.core.record import Record
 from retrace.core.store import Store
 from retrace.papers.mm1.program_configs import ChooseConfig
 from retrace.papers.mm1.rates import law
-from retrace.worker import execute
 
 
 @pytest.mark.parametrize(
@@ -29,19 +28,13 @@ def test_the_choice_is_the_mean_in_decades_of_the_rates_near_the_best_score(tmp_
     assert isinstance(chosen.config, ChooseConfig)
     assert [spec.program for spec in specs].count("pretrain") == 5
     assert (chosen.program, sorted(chosen.parents)) == ("choose_rate", [f"rate_{index}" for index in range(5)])
-    store, scores = Store(tmp_path), {}
-    for spec in specs:
-        run = store.run(spec.id)
-        run.freeze(spec, command="test")
-        outcome = execute(run.path, store=store, stop=threading.Event())
-        assert outcome.status == "DONE", outcome.reason
-        if spec.program == "evaluate":  # after two steps all models say the same: give them scores that differ
-            record = Record.load(run.path / "record.json")
-            index = next(int(name[-1]) for name, parent in chosen.parents.items() if parent == spec.id)
-            scores[index] = [0.1, 0.395, 0.4, 0.2, 0.0][index]
-            told = record.model_copy(update={"metrics": {**record.metrics, chosen.config.metric: scores[index]}})
-            (run.path / "record.json").write_text(told.model_dump_json(by_alias=True))
-    found = Record.load(store.run(chosen.id).path / "record.json").metrics
+    carry_out(specs[:-1], tmp_path)
+    for index, score in enumerate([0.1, 0.395, 0.4, 0.2, 0.0]):  # after two steps all models say the same
+        file = Store(tmp_path).run(chosen.parents[f"rate_{index}"]).path / "record.json"
+        record = Record.load(file)
+        told = record.model_copy(update={"metrics": {**record.metrics, chosen.config.metric: score}})
+        file.write_text(told.model_dump_json(by_alias=True))
+    found = carry_out([chosen], tmp_path)["choose_rate"].metrics
     rates = chosen.config.rates.learning_rates
     assert found["rate/log10"] == pytest.approx((math.log10(rates[1]) + math.log10(rates[2])) / 2)
     assert (found["rate/kept"], found["rate/at_lowest"], found["rate/at_highest"]) == (2.0, 0.0, 0.0)

@@ -6,18 +6,18 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from multimodal import carry_out
 from torch.utils.flop_counter import FlopCounterMode
 
 from retrace.core.claims import load_claims
 from retrace.core.compose import compose
 from retrace.core.config import CONFIGS, validate
-from retrace.core.plan import RunSpec, load_ablations, plan
+from retrace.core.plan import load_ablations, plan
 from retrace.core.record import Record
 from retrace.core.store import Store
 from retrace.papers.mm1 import cost, programs
@@ -35,18 +35,6 @@ QUIET = ["scale=smoke", "seed=0", "tracking.wandb=off"]
 
 def composed(*overrides: str) -> MM1Config:
     return validate(MM1Config, compose("mm1", ["scale=smoke", *overrides]), source="test")
-
-
-def carry_out(specs: Sequence[RunSpec], home: Path) -> dict[str, Record]:
-    """Every run in this process, parents first; the records by program."""
-    store, found = Store(home), {}
-    for spec in specs:
-        run = store.run(spec.id)
-        run.freeze(spec, command="test")
-        outcome = execute(run.path, store=store, stop=threading.Event())
-        assert outcome.status == "DONE", outcome.reason
-        found[spec.program] = Record.load(run.path / "record.json")
-    return found
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,18 +22,6 @@ from retrace.core.tracking import wandb_mode
 
 NEEDED_GIB = 1.0
 WORKER_GIB = 0.7  # what a process takes before it has a model
-REQUIRED = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "lm-eval",
-    "hydra-core",
-    "peft",
-    "scipy",
-    "submitit",
-    "wandb",
-)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 Check = tuple[bool | None, str, str]  # fine / not fine / optional and absent; what; how to get it
@@ -75,7 +64,7 @@ def _checks(home: Path, configs: Path) -> Iterator[Check]:
 def _software() -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield sys.version_info >= (3, 11), f"Python {version}", "install Python 3.11 or newer and run `make setup`"
-    for package in REQUIRED:
+    for package in _required():
         try:
             yield True, f"{package} {metadata.version(package)}", ""
         except metadata.PackageNotFoundError:
@@ -86,6 +75,15 @@ def _software() -> Iterator[Check]:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     remedy = "only for `make test`, which looks at the reports in it: apt-get install chromium"
     yield bool(browser) or None, f"Chromium{f': {browser}' if browser else ''}", remedy
+
+
+def _required() -> list[str]:
+    """The packages that this one asks for, without extras; itself where it is not installed."""
+    try:
+        asked = metadata.requires("retrace") or []
+    except metadata.PackageNotFoundError:
+        return ["retrace"]
+    return [re.split(r"[^\w.-]", text)[0] for text in asked if "extra ==" not in text]
 
 
 def _machine(home: Path) -> Iterator[Check]:

@@ -200,19 +200,29 @@ class Local:
         ended: queue.Queue[tuple[RunSpec, str, str]],
         summary: Summary,
     ) -> None:
-        """Hand out runs whose parents are done, until nothing waits and nothing runs."""
+        """Hand out runs whose parents are done, until nothing waits and nothing runs.
+
+        A run that somebody else holds is looked at again after `BUSY_SECONDS`, and takes no slot until then.
+        """
         running = 0
         blocked: set[str] = set(waiting)  # ids that are not done yet
+        held: dict[str, float] = {}  # run that somebody else holds -> when to look at it again
         while waiting or running:
+            now = time.monotonic()
+            held = {run_id: at for run_id, at in held.items() if at > now and run_id in waiting}
             for spec in list(waiting.values()):
-                if not blocked & set(spec.parents.values()):
+                if spec.id not in held and not blocked & set(spec.parents.values()):
                     del waiting[spec.id]
                     running += 1
                     ready.put(spec)
-            spec, status, reason = ended.get()
+            try:
+                spec, status, reason = ended.get(timeout=min(held.values()) - now if held else None)
+            except queue.Empty:
+                continue
             running -= 1
             if status == "BUSY":
                 waiting[spec.id] = spec
+                held[spec.id] = time.monotonic() + BUSY_SECONDS
                 continue
             self._on_change(spec.id, status, reason)
             if status in FINISHED:
@@ -248,8 +258,6 @@ class Local:
                 status, reason = worker.run(spec, run.path)
             except Exception as error:  # whatever it is, the sweep must hear of it and go on
                 status, reason = "FAILED", redact(f"{type(error).__name__}: {error}")
-            if status == "BUSY":
-                time.sleep(BUSY_SECONDS)
             ended.put((spec, status, reason))
         if worker is not None:
             worker.close()
