@@ -239,8 +239,10 @@ def test_a_process_that_ends_takes_the_others_with_it_and_its_own_error_is_the_r
     thread.start()
     while run.state().step < 3 and thread.is_alive():
         time.sleep(0.05)
-    processes = [p for p in psutil.process_iter() if str(run.path) in p.cmdline() and "RANK" in p.environ()]
-    (victim,) = (p for p in processes if p.environ()["RANK"] == str(rank))
+    everyone = psutil.process_iter(["cmdline", "environ"])  # which has None for what is gone meanwhile
+    ranks = {p: (p.info["environ"] or {}).get("RANK") for p in everyone if str(run.path) in (p.info["cmdline"] or [])}
+    processes = [p for p, own in ranks.items() if own is not None]
+    (victim,) = (p for p in processes if ranks[p] == str(rank))
     end(victim)
     thread.join(timeout=30)
     assert not thread.is_alive()

@@ -92,6 +92,7 @@ def test_values_are_judged_at_the_scale_of_the_paper(expect: dict[str, Any], out
         ({"direction": "up", "value": 3.5}, "up by 3.5"),
         ({"direction": "down", "value": -1.0}, "down by 1"),
         ({"direction": "none", "margin": 0.3}, "no difference above 0.3"),
+        ({"direction": "none", "margin": 0.09, "unit": "share"}, "no difference above 9 % of small"),
     ],
 )
 def test_what_is_expected_is_told_without_a_second_minus(expect: dict[str, Any], words: str) -> None:
@@ -262,6 +263,15 @@ def test_that_something_makes_no_difference_is_shown_by_an_interval_within_the_m
     assert turned.outcome == outcome
 
 
+def test_a_margin_that_is_a_share_is_one_of_the_arm_that_is_compared_against() -> None:
+    arms = {"big": [0.20, 0.22, 0.19], "small": [0.20, 0.21, 0.19]}
+    found = verdict(records(arms), expect={"direction": "none", "margin": 0.25, "unit": "share"})
+    assert found.margin == pytest.approx(0.05)
+    assert found.outcome == "reproduced"
+    narrow = verdict(records(arms), expect={"direction": "none", "margin": 0.01, "unit": "share"})
+    assert narrow.outcome == "inconclusive"
+
+
 def test_two_seeds_show_no_absence_of_a_difference() -> None:
     found = records({"big": [0.2, 0.2], "small": [0.2, 0.2]})
     assert verdict(found, expect={"direction": "none", "margin": 0.5}).outcome == "inconclusive"
@@ -343,6 +353,8 @@ def test_claims_are_read_in_order(tmp_path: Path) -> None:
         ("direction: up, value: null", "direction: none", "direction none needs a margin"),
         ("direction: up, value: null", "direction: up, margin: 0.1", "others have none"),
         ("direction: up, value: 5.0", "direction: none, margin: 1.0, value: 5.0", "no difference has no value"),
+        ("direction: up, value: null", "direction: none, margin: 1.0, unit: points", "a margin may be a share"),
+        ("direction: up, value: null", "direction: up, unit: share", "a margin may be a share"),
         ("trend: [small, middle, big]", "trend: [small, middle, big]\n  beyond: [small, big]", "beside compare"),
         ("ablation: size", "ablation: colour", "no such ablation"),
         ("id: order", "id: bigger_is_better", "a second claim of this id"),

@@ -20,9 +20,10 @@ class Expect(Frozen):
     """What the paper says of the difference a - b, or of the slope from arm to arm."""
 
     direction: Literal["up", "down", "none"]
-    margin: float | None = Field(None, gt=0)  # of "none", in units of the metric: differences up to it do not matter
+    margin: float | None = Field(None, gt=0)  # of "none": differences up to it do not matter
     value: float | None = None  # the difference as the paper prints it; null: the paper prints none
-    unit: Literal["metric", "points"] = "metric"  # of `value`; points: hundredths of the metric, as in "+5.0 points"
+    # of `value`: points are hundredths of the metric, as in "+5.0 points"; of `margin`: a share of the mean of arm b
+    unit: Literal["metric", "points", "share"] = "metric"
 
     @model_validator(mode="after")
     def _margin_of_no_difference(self) -> Expect:
@@ -32,6 +33,10 @@ class Expect(Frozen):
             )
         if self.direction == "none" and self.value is not None:
             raise ValueError(f"direction=none with value={self.value}: no difference has no value; use null")
+        if self.unit == ("points" if self.direction == "none" else "share"):
+            raise ValueError(
+                f"direction={self.direction} with unit={self.unit}: a margin may be a share, and a value points"
+            )
         return self
 
 
@@ -83,6 +88,8 @@ class Claim(Frozen):
     @property
     def expected(self) -> str:
         """What is expected of the difference, in words."""
+        if self.expect.margin is not None and self.expect.unit == "share":
+            return f"no difference above {100 * self.expect.margin:g} % of {self.cells[1][0]}"
         if self.expect.margin is not None:
             return f"no difference above {self.expect.margin:g}"
         value = "" if self.expect.value is None else f" by {abs(self.expect.value):g}"

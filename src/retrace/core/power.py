@@ -22,7 +22,7 @@ from retrace.core.cost import Expected
 from retrace.core.plan import RunSpec
 from retrace.core.reportview import show as texts_of
 from retrace.core.stats import POWER, seeds_needed, spread_range
-from retrace.core.verdicts import MIN_PAIRS, Verdict
+from retrace.core.verdicts import MIN_PAIRS, Verdict, margin_of
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _power(claim: Claim, seen: Verdict, planned: int, hours: float | None) -> Po
     found = seen.estimate
     assert found is not None
     assert found.sd is not None
-    low, high = _side(claim)
+    low, high = _side(claim, seen)
     if not found.has_spread:
         enough = MIN_PAIRS if low < found.mean < high else None
         why = "" if enough else "no seed shows it"
@@ -116,10 +116,11 @@ def _power(claim: Claim, seen: Verdict, planned: int, hours: float | None) -> Po
     return Power(claim, seen, needed, few, many, planned, hours, "" if needed else "over a million")
 
 
-def _side(claim: Claim) -> tuple[float, float]:
+def _side(claim: Claim, seen: Verdict) -> tuple[float, float]:
     """Between what the interval has to lie."""
-    if claim.expect.margin is not None:
-        return -claim.expect.margin, claim.expect.margin
+    margin = margin_of(claim, seen.arms)
+    if margin is not None:
+        return -margin, margin
     return (0.0, math.inf) if claim.sign > 0 else (-math.inf, 0.0)
 
 

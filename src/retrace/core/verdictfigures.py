@@ -18,7 +18,7 @@ def verdict_bar(verdict: Verdict, *, width: float = 230.0) -> Figure:
 
 
 def _bar(verdict: Verdict, left: float, middle: float, width: float) -> Iterator[str]:
-    centre, found, margin = left + width / 2, verdict.estimate, verdict.claim.expect.margin
+    centre, found, margin = left + width / 2, verdict.estimate, verdict.margin
     printed = verdict.claim.value if verdict.scale in VALUE_SCALES else None
     ends = (found.low, found.high) if found else ()
     shown = [*verdict.differences.values(), *(v for v in (*ends, printed, margin) if v is not None)]

@@ -8,7 +8,8 @@
     no records                an arm has no run on record
 
 That something makes no difference is claimed with `expect: {direction: none, margin: m}` and is an equivalence test: it
-is reproduced where the whole interval lies within -m..m, contradicted where it lies outside, else inconclusive.
+is reproduced where the whole interval lies within -m..m, contradicted where it lies outside, else inconclusive. With
+`unit: share`, m is a share of the second arm's mean.
 
 Where every seed gives the same difference there is no spread to take an interval from (a run diverges or it does not).
 Then the direction stands if at least three seeds agree, and the sign test's p is stated beside it.
@@ -76,6 +77,11 @@ class Verdict:
     differences: Mapping[int, float]
     estimate: Estimate | None
     detectable: float | None
+
+    @property
+    def margin(self) -> float | None:
+        """See `margin_of`."""
+        return margin_of(self.claim, self.arms)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -149,7 +155,7 @@ def _decide(claim: Claim, arms: Sequence[ArmSamples], found: Estimate | None, *,
         have = f"{pairs} seeds have" if pairs != 1 else "1 seed has"
         return "inconclusive", f"only {have} a value in every arm, and a verdict needs {MIN_PAIRS}"
     if claim.expect.margin is not None:
-        return _decide_equivalence(found, claim.expect.margin)
+        return _decide_equivalence(found, margin_of(claim, arms))
     if not found.has_spread:
         return _decide_without_spread(claim, found, scale=scale)
     if found.side == 0:
@@ -159,15 +165,24 @@ def _decide(claim: Claim, arms: Sequence[ArmSamples], found: Estimate | None, *,
     return _judge_value(claim, found, scale=scale, why="the interval is clear of zero, on the side that is claimed")
 
 
-def _decide_equivalence(found: Estimate, margin: float) -> tuple[Outcome, str]:
+def margin_of(claim: Claim, arms: Sequence[ArmSamples]) -> float | None:
+    """Of a claim that something makes no difference, in units of the metric; None where its arm has no run."""
+    if claim.expect.margin is None or claim.expect.unit == "metric":
+        return claim.expect.margin
+    level = arms[1].estimate
+    return None if level is None else claim.expect.margin * abs(level.mean)
+
+
+def _decide_equivalence(found: Estimate, margin: float | None) -> tuple[Outcome, str]:
     """Of three or more pairs. The 95 % interval within the margin is a two-sided test at 2.5 % on each side."""
+    assert margin is not None
     assert found.low is not None
     assert found.high is not None
     if max(-found.low, found.high) <= margin:
-        return "reproduced", f"the whole interval lies within the margin of {margin:g} on either side of zero"
+        return "reproduced", f"the whole interval lies within the margin of {margin:.3g} on either side of zero"
     if found.low > margin or found.high < -margin:
-        return "contradicted", f"the whole interval lies outside of the margin of {margin:g}"
-    return "inconclusive", f"the interval reaches across the margin of {margin:g}"
+        return "contradicted", f"the whole interval lies outside of the margin of {margin:.3g}"
+    return "inconclusive", f"the interval reaches across the margin of {margin:.3g}"
 
 
 def _decide_without_spread(claim: Claim, found: Estimate, *, scale: str) -> tuple[Outcome, str]:

@@ -16,7 +16,7 @@ from retrace.papers.mm1.stream import Source, Stream
 
 
 class Pairs:
-    """`rows(range)` of the training loop; row i is a pure function of (source, seed, i).
+    """`rows(range)` of the training loop; row i is the source's i-th pair, so that who orders them orders batches.
 
     Captions are cut to `max_tokens`, counted as `Stream` does. A pair whose image can't be read is left out.
     """
@@ -42,6 +42,7 @@ class Pairs:
             image_size=image_size,
             seed=seed,
             marks=marks,
+            in_order=True,
         )
 
     def __call__(self, rows: range) -> dict[str, Tensor]:

@@ -48,8 +48,12 @@ class Source(Protocol):
 class Reader:
     """The packed rows of one source, by number."""
 
-    def __init__(self, name: str, source: Source, window: Window, *, seed: int, marks: Path | None = None) -> None:
+    def __init__(
+        self, name: str, source: Source, window: Window, *, seed: int, marks: Path | None = None, in_order: bool = False
+    ) -> None:
+        """`in_order`: a document a row, in the source's order, in the place of packing and shuffling."""
         self.name, self.source, self.window, self.seed, self.file = name, source, window, seed, marks
+        self.in_order = in_order
         self.too_long: set[Mark] = set()  # documents that did not fit into a row as a whole
         self._marks = self._read_marks()
         self._starts = sorted(self._marks)
@@ -87,12 +91,15 @@ class Reader:
                 tokens, images = tokens + size[0], images + size[1]
             drafts += pieces
             self._next = next(self._stream)
+        self._rows = [[draft] for draft in drafts] if self.in_order else self._packed(drafts, first)
+        self._first = first
+        self._keep_mark(first, begin)
+
+    def _packed(self, drafts: Sequence[Draft], first: int) -> list[list[Draft]]:
         rng = random.Random(f"rows/{self.seed}/{self.name}/{first}")
         chosen = fill([self.window.size(draft) for draft in drafts], self.window)
         rng.shuffle(chosen)
-        self._rows = [[drafts[index] for index in rng.sample(row, len(row))] for row in chosen]
-        self._first = first
-        self._keep_mark(first, begin)
+        return [[drafts[index] for index in rng.sample(row, len(row))] for row in chosen]
 
     def _note_cut(self, mark: Mark) -> None:
         if not self.too_long:
@@ -137,8 +144,11 @@ class Stream:
         seed: int,
         marks: Path | None = None,
         split: Callable[[Sequence[Piece]], list[Piece]] | None = None,
+        in_order: bool = False,
     ) -> None:
         """`marks`: a folder of the run's own; `split` makes the sub-images of each image (`split_images`).
+
+        `in_order`: a document a row, in the order of its source.
 
         Raises ValueError where the mixture names a source that is not there.
         """
@@ -150,7 +160,14 @@ class Stream:
         self.window, self.image_size, self.split = window, image_size, split
         self.draws = Draws(mixture, seed=seed)
         self.readers = {
-            name: Reader(name, sources[name], window, seed=seed, marks=marks / f"{name}.jsonl" if marks else None)
+            name: Reader(
+                name,
+                sources[name],
+                window,
+                seed=seed,
+                marks=marks / f"{name}.jsonl" if marks else None,
+                in_order=in_order,
+            )
             for name in mixture.used
         }
 

@@ -38,8 +38,7 @@ def world_tasks(
 ) -> list[Task]:
     """`count` episodes of every task; they depend on the world and `seed` alone, so runs with one seed are paired.
 
-    Attributes are told by demonstrations, so they are asked with one or more; captions, which stand alone in training,
-    without any.
+    Attributes are told by demonstrations, so they are asked with one or more; captions with any number.
     """
 
     def load(pictures: Sequence[Picture]) -> list[Tensor | None]:
@@ -55,10 +54,16 @@ def world_tasks(
         score = score_caption if form is WORDS else score_words
         return Task(name, group, form, tuple(own), episodes, score, load)  # type: ignore[arg-type]
 
-    told, untold = [number for number in shots if number > 0], [number for number in shots if number == 0]
+    told = [number for number in shots if number > 0]
     return [
-        task("caption", "mmcore", WORDS, untold, partial(_caption, config, False)),
-        task("caption_unseen", "unseen", WORDS, untold, partial(_caption, config, True)),
+        task("caption", "mmcore", WORDS, shots, partial(_caption, config, False)),
+        task(
+            "caption_unseen",
+            "unseen",
+            WORDS,
+            [number for number in shots if number == 0],
+            partial(_caption, config, True),
+        ),
         *(task(name, "mmcore", WORD, told, partial(_attribute, config, name)) for name in ATTRIBUTES),
         *(
             task(name, "textcore", NEXT if name == "chain" else WORD, (0,), partial(_text, config, name))
