@@ -1,8 +1,9 @@
 """Procedural documents for the parts' own pre-training: captions in blocks of like images, words without images.
 
 Where images of a batch differ in everything, contrastive pre-training learns what tells most of them apart, color and
-shape, and has no reason to read digits. So images come in blocks, and a batch lies in one. The first blocks have captions of digits
-alone; in later ones images share all but one part of what they show, and the caption, whole again, is told by it.
+shape, and has no reason to read digits. So images come in blocks, and a batch lies in one. The first blocks have
+captions of digits alone; in later ones images share all but one part of what they show, and the caption, whole again,
+is told by it.
 """
 
 from __future__ import annotations
