@@ -238,7 +238,8 @@ def _decoder(config: PretrainConfig, ctx: Context) -> Decoder:
     if isinstance(config.decoder, PretrainedDecoder):
         rows = vocab_size(config.data, config.decoder)
         chosen = config.decoder
-        read = load_decoder(chosen.place(), experts=experts, vocab_size=rows, revision=chosen.revision, dtype=dtype)
+        new: dict[str, Any] = {"experts": experts, "vocab_size": rows, "seed": config.seed}
+        read = load_decoder(chosen.place(), revision=chosen.revision, dtype=dtype, **new)
         _same_size("decoder.shape", chosen.name, read.hidden_size, chosen.shape.hidden_size)
         return read
     found = from_pretrained(ctx.parents["decoder"].path / MODEL, dtype=dtype)
