@@ -162,8 +162,8 @@ def _one_place(sweep: Sequence[tuple[str, ...]]) -> None:
     for text in dict.fromkeys(placed):
         if any(text not in chosen for chosen in sweep):
             raise ValueError(
-                f"{text}: one of several values, and a run is the same one under each: sweep over what changes numbers, "
-                f"and give {override_key(text)} one value"
+                f"{text}: one of several values, and a run is the same one under each: give {override_key(text)} one "
+                "value, and sweep over what changes numbers"
             )
 
 
