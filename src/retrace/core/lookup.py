@@ -51,7 +51,10 @@ def find_run(word: str, *, paper: str, program: str, store: Store) -> FoundRun |
 
 def _runs(store: Store) -> Iterator[FoundRun]:
     for path in sorted(store.runs.glob("*/config.json")):
-        tree = read_json(path)
+        try:
+            tree = read_json(path)
+        except ValueError:
+            continue  # it is no finished run, and others are
         assert tree is not None  # it was listed
         record = read_json(store.record_path(tree["paper"], path.parent.name)) or {}
         yield FoundRun(

@@ -14,7 +14,6 @@ from rich.text import Text
 from retrace.core import squeue
 from retrace.core.cost import makespan
 from retrace.core.discovery import papers
-from retrace.core.files import read_json
 from retrace.core.plan import RunSpec, plan
 from retrace.core.planview import expected_seconds, shown
 from retrace.core.store import Store
@@ -59,7 +58,8 @@ def watch(specs: Sequence[RunSpec] | None, *, store: Store, console: Console, ev
 
 def look(specs: Sequence[RunSpec] | None, *, store: Store) -> Status:
     """Everything that disk and queue say at this moment."""
-    labels = {spec.id: spec.labels[0] for spec in specs} if specs is not None else store.labels()
+    asked = store.labels() if specs is None else {spec.id: spec.labels for spec in specs}
+    labels = {run_id: next(iter(labels), "") for run_id, labels in asked.items()}
     jobs = squeue.queue()
     counts: dict[str, int] = {}
     lines: dict[str, str] = {}
@@ -115,9 +115,7 @@ def named_runs(words: Sequence[str], *, store: Store) -> dict[str, str]:
         raise ValueError(
             f"{' '.join(overrides)}: chooses among the runs of a target, and {names[0]} is none: leave it out"
         )
-    known = {
-        path.parent.name: (read_json(path) or {}).get("labels", []) for path in sorted(store.runs.glob("*/config.json"))
-    }
+    known = store.labels()
     found: dict[str, str] = {}
     for word in names:
         named = {

@@ -72,19 +72,20 @@ class RunDir:
         self.id = path.name
 
     def freeze(self, spec: RunSpec, *, command: str) -> None:
-        """Write config.json; a run that is already frozen only has its placement and labels renewed."""
+        """Write config.json; a run that is already frozen has its placement renewed, and gains labels."""
         assert spec.id == self.id
+        try:
+            frozen = read_json(self.path / "config.json") or {}
+        except ValueError:
+            frozen = {}  # not of this code, which writes it whole or not at all: written anew
         tree = {name: getattr(spec, name) for name in ("id", "paper", "program", "recipe", "scale", "seed")}
-        tree |= {"config": science(spec.config), "parents": dict(spec.parents), "labels": list(spec.labels)}
+        tree |= {"config": science(spec.config), "parents": dict(spec.parents)}
         tree |= {
+            "labels": list(dict.fromkeys((*frozen.get("labels", ()), *spec.labels))),
             "hardware": spec.hardware.model_dump(mode="json"),
             "tracking": spec.tracking.model_dump(),
             "command": command,
         }
-        try:
-            frozen = read_json(self.path / "config.json")
-        except ValueError:
-            frozen = None  # torn by a full disk or a power cut: written anew
         if frozen != tree:
             write_json(self.path / "config.json", tree)
 
@@ -107,7 +108,10 @@ class RunDir:
             progress = read_json(self.path / "progress.json") or {}
         except ValueError:
             progress = {}  # never fsynced, so a power cut may leave it empty; it is a courtesy and not a fact
-        result = read_json(self.path / "result.json") or {"status": "PLANNED"}
+        try:
+            result = read_json(self.path / "result.json") or {"status": "PLANNED"}
+        except ValueError as error:  # one run's trouble, which is told in its line; it is run again
+            result = {"status": "FAILED", "reason": str(error)}
         status, reason = result["status"], result.get("reason", "")
         if status in ("PLANNED", "FAILED") and self._holder():
             status, reason = "RUNNING", ""
@@ -242,10 +246,15 @@ class Store:
     def run(self, run_id: str) -> RunDir:
         return RunDir(self.runs / run_id)
 
-    def labels(self) -> dict[str, str]:
-        """Every run on disk, by id, with the first label that asked for it."""
-        found = {path.parent.name: read_json(path) for path in sorted(self.runs.glob("*/config.json"))}
-        return {run_id: next(iter((tree or {}).get("labels", [])), "") for run_id, tree in found.items()}
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """Every run on disk, by id, with the labels that asked for it; none for a config that can't be read."""
+        found: dict[str, tuple[str, ...]] = {}
+        for path in sorted(self.runs.glob("*/config.json")):
+            try:
+                found[path.parent.name] = tuple((read_json(path) or {}).get("labels", ()))
+            except ValueError:
+                found[path.parent.name] = ()
+        return found
 
     def record_path(self, paper: str, run_id: str) -> Path:
         return self.results / paper / "records" / f"{run_id}.json"
