@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from test_pages import record, spec
 
+from retrace.core import store as store_module
 from retrace.core.launch import Summary, unfinished
-from retrace.core.store import RunDir, Store
+from retrace.core.store import Busy, RunDir, Store
 
 RUN = "demo-evaluate-1"
 
@@ -57,3 +58,19 @@ def test_a_finished_run_without_a_record_is_told_and_the_others_go_on(run: RunDi
     assert unfinished(specs, store=store, summary=summary).keys() == {"demo-evaluate-2"}
     assert summary.failed.keys() == {RUN}
     assert "finished and its record is gone (" in summary.failed[RUN]
+
+
+def test_who_loses_its_lease_to_another_host_stops_and_leaves_what_that_one_writes(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "HEARTBEAT_SECONDS", 0.01)
+    lease = run.path / "lease.json"
+    with run.lease():
+        run.progress(step=1, total=2, seconds_left=None, seconds=1.0)
+        assert not run.lost.is_set()
+        lease.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+        assert run.lost.wait(timeout=10)
+        with pytest.raises(Busy, match=f"{RUN} was taken over by elsewhere:1"):
+            run.progress(step=2, total=2, seconds_left=None, seconds=1.0)
+    assert run.state().step == 1
+    assert json.loads(lease.read_text())["host"] == "elsewhere"

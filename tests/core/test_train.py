@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retrace.core.checkpoint import model_tensors
-from retrace.core.context import Context, Stopped
+from retrace.core.context import Context, Diverged, Stopped
 from retrace.core.cost import Cost, Memory
 from retrace.core.optim import Optim, Precision
 from retrace.core.plan import plan
@@ -79,6 +80,25 @@ def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not(precision: Precision
     for name, tensor in model_tensors(undisturbed).items():
         assert tensor.dtype == expected
         assert torch.equal(model_tensors(resumed)[name], tensor), name
+
+
+def test_a_run_that_diverges_after_it_was_stopped_took_the_seconds_of_both_processes(tmp_path: Path) -> None:
+    ctx = context(tmp_path)
+
+    def slow(*arguments: object) -> tuple[Tensor, Mapping[str, Tensor]]:
+        time.sleep(0.3)
+        ctx.stop.set()
+        return next_token_loss(*arguments)  # type: ignore[arg-type]
+
+    def broken(*arguments: object) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return next_token_loss(*arguments)[0] * torch.nan, {}  # type: ignore[arg-type]
+
+    with pytest.raises(Stopped):
+        train(llama(), ctx, optim("fp32"), slow)
+    ctx = context(tmp_path)
+    with pytest.raises(Diverged):
+        train(llama(), ctx, optim("fp32"), broken)
+    assert ctx.cost["seconds"] > 0.3
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
