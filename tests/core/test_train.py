@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retrace.core.checkpoint import model_tensors
-from retrace.core.context import Context, Stopped
+from retrace.core.context import Context, Diverged, Stopped
 from retrace.core.cost import Cost, Memory
 from retrace.core.optim import Optim, Precision
 from retrace.core.plan import plan
@@ -111,6 +112,25 @@ def test_equal_weights_are_as_none(tmp_path: Path) -> None:
         train(equal, context(tmp_path / "b"), optim("fp32"), weighed)
     )
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), equal.parameters(), strict=True))
+
+
+def test_a_run_that_diverges_after_it_was_stopped_took_the_seconds_of_both_processes(tmp_path: Path) -> None:
+    ctx = context(tmp_path)
+
+    def slow(*arguments: object) -> tuple[Tensor, Mapping[str, Tensor]]:
+        time.sleep(0.3)
+        ctx.stop.set()
+        return next_token_loss(*arguments)  # type: ignore[arg-type]
+
+    def broken(*arguments: object) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return next_token_loss(*arguments)[0] * torch.nan, {}  # type: ignore[arg-type]
+
+    with pytest.raises(Stopped):
+        train(llama(), ctx, optim("fp32"), slow)
+    ctx = context(tmp_path)
+    with pytest.raises(Diverged):
+        train(llama(), ctx, optim("fp32"), broken)
+    assert ctx.cost["seconds"] > 0.3
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

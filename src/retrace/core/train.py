@@ -121,6 +121,7 @@ def fit(
             metrics |= _clip(optimizer, groups, optim)
         lost = [name for name, value in metrics.items() if not math.isfinite(value)]
         if lost:
+            ctx.cost["seconds"] = spent + time.monotonic() - began
             raise Diverged(step, last, what=lost[0])
         last = metrics
         optimizer.step()
