@@ -16,7 +16,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from retrace.papers.mm1.contrastive import ContrastiveModel, TextTowerShape, contrastive_loss, same_captions
+from retrace.papers.mm1.choices import TextTower
+from retrace.papers.mm1.contrastive import ContrastiveModel, contrastive_loss, same_captions
 from retrace.papers.mm1.encoder import PIXELS, build_encoder, load_encoder, resized
 from retrace.papers.mm1.reconstruction import ReconstructiveModel, normalised_patches, prefix_mask, sample_prefixes
 from retrace.papers.mm1.shape import ImagePooling, VisionShape
@@ -63,18 +64,15 @@ def test_features_at_any_resolution_are_those_of_transformers_interpolation(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_earlier_layer_is_transformers_hidden_state_and_what_is_behind_it_is_not_trained(
+def test_features_are_transformers_last_hidden_states_and_what_does_not_reach_them_is_not_trained(
     family: str, tmp_path: Path
 ) -> None:
     trunk, images = saved(family, tmp_path), torch.rand(2, 3, 12, 12)
-    encoder = load_encoder(str(tmp_path), layer=-2)
-    states = trunk(normal(images, family), output_hidden_states=True).hidden_states
-    torch.testing.assert_close(encoder(images), states[-2][:, int(encoder.has_class_token) :], atol=1e-5, rtol=1e-5)
+    encoder = load_encoder(str(tmp_path))
+    expected = trunk(normal(images, family)).last_hidden_state[:, int(encoder.has_class_token) :]
+    torch.testing.assert_close(encoder(images), expected, atol=1e-5, rtol=1e-5)
     encoder(images).square().sum().backward()
-    assert {p.requires_grad for p in encoder.trunk.encoder.layers[2].parameters()} == {False}
     assert not [name for name, p in encoder.named_parameters() if p.requires_grad != (p.grad is not None)]
-    with pytest.raises(ValueError, match=r"layer=-4: expected -1 \(the last\) to -3"):
-        load_encoder(str(tmp_path), layer=-4)
 
 
 def test_a_whole_clip_gives_its_image_tower_and_the_pixels_of_its_processor(tmp_path: Path) -> None:
@@ -172,7 +170,7 @@ def test_the_contrastive_loss_is_clips_where_captions_differ_and_knows_those_tha
 @pytest.mark.parametrize("pooling", ["mean", "mean_and_patches"])
 def test_contrastive_training_brings_images_and_their_captions_together(pooling: ImagePooling) -> None:
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32, "max_tokens": 4}
-    tower = TextTowerShape(**sizes, joint_size=16, image_pooling=pooling)
+    tower = TextTower(**sizes, joint_size=16, image_pooling=pooling)
     model = ContrastiveModel(build_encoder(SHAPE, seed=0), tower, vocab_size=12, seed=0)
     images = torch.rand(8, 3, 1, 1).expand(-1, -1, 16, 16)  # eight colours
     ids, mask = torch.tensor([[number + 2, 1, 0] for number in range(8)]), torch.tensor([[1, 1, 0]] * 8)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Collection, Sequence
+import weakref
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from retrace.core.compose import compose
 from retrace.core.config import CONFIGS
 from retrace.core.evaluate import evaluate_task
 from retrace.core.tasks import list_tasks, validate_tasks
 from retrace.papers.mm1.captions import cider, normalize, tokenize, vqa_accuracy
+from retrace.papers.mm1.choices import ImageTask
+from retrace.papers.mm1.config import Evaluation
 from retrace.papers.mm1.corpora import LocalShards
 from retrace.papers.mm1.documents import build_tokenizer
+from retrace.papers.mm1.evaluation import image_task
 from retrace.papers.mm1.fewshot import (
     CAPTION,
     VQA,
@@ -30,13 +35,13 @@ from retrace.papers.mm1.fewshot import (
     evaluate,
     group_means,
     read_items,
+    sampled,
     score_captions,
     with_demonstrations,
 )
 from retrace.papers.mm1.packing import Picture
-from retrace.papers.mm1.picturetasks import PictureTask, picture_task
 from retrace.papers.mm1.rows import Piece
-from retrace.papers.mm1.textcore import TEXTCORE, TextScorer
+from retrace.papers.mm1.textcore import TextScorer
 from retrace.papers.mm1.world import ATTRIBUTES, Scene, WorldConfig, colors_of, successors, vocabulary
 from retrace.papers.mm1.worldtasks import world_tasks
 
@@ -225,16 +230,46 @@ def test_answers_end_at_the_published_stops(form: Form, said: str, kept: str) ->
 def test_demonstrations_come_from_the_training_split_and_grow_with_the_shots() -> None:
     train = [Item(None, (f"a{i}",)) for i in range(20)]
     test = [Item(None, (f"b{i}",)) for i in range(10)]
-    four, eight = (with_demonstrations(train, test, shots=shots, seed=1) for shots in (4, 8))
+    none, four, eight = (list(with_demonstrations(train, test, shots=shots, most=8, seed=1)) for shots in (0, 4, 8))
     for few, many in zip(four, eight, strict=True):
         assert many.demonstrations[:4] == few.demonstrations
         assert len(set(many.demonstrations)) == 8
         assert set(many.demonstrations) <= set(train)
     assert len({episode.demonstrations for episode in four}) == 10
     assert [episode.query for episode in four] == test
-    assert with_demonstrations(train, test, shots=4, seed=2) != four
+    assert [(episode.demonstrations, episode.query) for episode in none] == [((), item) for item in test]
+    assert list(with_demonstrations(train, test, shots=4, most=8, seed=2)) != four
     with pytest.raises(ValueError, match="21 shots are asked for, and the training split has 20 items"):
-        with_demonstrations(train, test, shots=21, seed=1)
+        next(with_demonstrations(train, test, shots=21, most=21, seed=1))
+
+
+def test_demonstrations_of_a_large_split_are_drawn_without_shuffling_it() -> None:
+    class Large(list[Item]):
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, index: Any) -> Any:
+            return Item(None, (str(index),))
+
+    episodes = with_demonstrations(Large(), (Item(None, ("b",)) for _ in range(50)), shots=4, most=8, seed=1)
+    assert len({episode.demonstrations for episode in episodes}) == 50
+
+
+def test_items_are_sampled_alike_in_every_order_of_asking_and_held_no_longer_than_needed() -> None:
+    alive: list[int] = []
+
+    def items() -> Iterator[Item]:
+        for number in range(1000):
+            found = Item(None, (str(number),))
+            weakref.finalize(found, alive.remove, number)
+            alive.append(number)
+            assert len(alive) <= 22
+            yield found
+
+    chosen = [item.answers for item in sampled(items(), 20, key="a")]
+    assert chosen == [item.answers for item in sampled(items(), 20, key="a")]
+    assert len(set(chosen)) == 20 != sum(int(number) < 20 for (number,) in chosen)
+    assert sum(1 for _ in sampled(items(), None, key="a")) == 1000
 
 
 def test_questions_on_files_are_asked_with_their_photos_and_broken_photos_skip(
@@ -248,9 +283,8 @@ def test_questions_on_files_are_asked_with_their_photos_and_broken_photos_skip(
     (tmp_path / "5.png").write_text("no image")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = LocalShards(kind="shards", pattern="a.jsonl", document="instruction", max_bad_share=0.5)
-    assert len(read_items(config, limit=2)) == 2
-    settings = PictureTask(name="colors", form="vqa", train=config, test=config, num_train=2)
-    settings.check()
+    settings = ImageTask(form="vqa", train=config, test=config, num_train=2, limit=None)
+    asked = Evaluation(shots=(0, 1), num_episodes=2, batch_size=3, text_tasks=(), seed=0, precision="fp32")
 
     class Red(Toy):
         def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, stop: Collection[int]) -> list[list[int]]:
@@ -258,12 +292,16 @@ def test_questions_on_files_are_asked_with_their_photos_and_broken_photos_skip(
             assert stop
             return [[vocabulary()["red"]] for _ in prompts]
 
-    found = run(picture_task(settings, image_size=4, seed=0), Red(), 1)
+    task = image_task("colors", settings, asked, TOKENIZER, image_size=4)
+    assert {d.picture for e in task.episodes(1) for d in e.demonstrations} == {
+        i.picture for i in itertools.islice(read_items(config), 2)
+    }
+    found = run(task, Red(), 1)
     assert found.num_skipped == 1
     assert len(found.items) == 5
     assert found.metrics == {"colors_1/vqa": 100.0}
     with pytest.raises(ValueError, match="document=instruction with form=caption: expected caption"):
-        PictureTask(name="colors", form="caption", train=config, test=config)
+        ImageTask(form="caption", train=config, test=config, limit=None)
 
 
 def test_cider_is_what_the_official_scorer_gives() -> None:
@@ -307,8 +345,9 @@ def test_answers_are_normalised_before_they_are_compared(given: str, normal: str
 
 
 def test_the_text_tasks_of_the_paper_are_lm_evals_and_say_where_data_may_lie(tmp_path: Path) -> None:
-    assert list_tasks(TASKS) == sorted(TEXTCORE)
-    validate_tasks(TEXTCORE, tasks_dir=TASKS, data_dir=None, generated=[])
+    asked = compose("mm1", ["scale=paper"])["eval"]["text_tasks"]
+    assert list_tasks(TASKS) == sorted(asked)
+    validate_tasks(asked, tasks_dir=TASKS, data_dir=None, generated=[])
     with pytest.raises(ValueError, match=r"sciq: .*sciq/test.jsonl is missing: put it there"):
         validate_tasks(["sciq"], tasks_dir=TASKS, data_dir=tmp_path, generated=[])
 

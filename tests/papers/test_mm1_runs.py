@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from multimodal import carry_out
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from retrace.core.claims import load_claims
@@ -20,12 +23,13 @@ from retrace.core.config import CONFIGS, validate
 from retrace.core.plan import load_ablations, plan
 from retrace.core.record import Record
 from retrace.core.store import Store
-from retrace.papers.mm1 import cost, programs
-from retrace.papers.mm1.config import MM1Config
+from retrace.papers.mm1 import cost, evaluation, programs
+from retrace.papers.mm1.config import MM1Config, Rows
 from retrace.papers.mm1.decoder import build_decoder
 from retrace.papers.mm1.encoder import build_encoder
 from retrace.papers.mm1.model import MultimodalModel
 from retrace.papers.mm1.program_configs import PretrainConfig
+from retrace.papers.mm1.rows import Piece
 from retrace.papers.mm1.world import IMAGE, vocabulary
 from retrace.worker import execute
 
@@ -47,6 +51,7 @@ def composed(*overrides: str) -> MM1Config:
         (["pretrain.rows.seq_len=8", "connector.num_tokens=9"], "pretrain.rows.seq_len=8: an image takes 9 positions"),
         (["experts={num_experts: 4, every: 3}"], "no layer would have experts"),
         (["eval.shots=[4,0]"], "expected rising numbers from 0"),
+        (["split_last=1"], "only a fine-tuning with sub_images=true splits; use null"),
         (["eval.text_tasks=[piqa]"], "procedural data brings its own text tasks"),
         (["pretrain.trained=[]"], "expected one or more"),
         (["data.held_out_shapes=0"], "greater than or equal to 1"),
@@ -92,8 +97,8 @@ def test_arms_share_encoders_and_decoders_that_are_made_alike() -> None:
 def test_a_fine_tuning_trains_nothing_of_the_base_again() -> None:
     base = {spec.id for spec in plan(["mm1/main"], QUIET)}
     more = [spec for spec in plan(["mm1/fine_tuning"], QUIET) if spec.id not in base]
-    assert {spec.program for spec in more} == {"finetune", "evaluate"}
-    assert len(more) == 6
+    assert [sum(spec.program == name for spec in more) for name in ("finetune", "evaluate")] == [3, 4]
+    assert len(more) == 7, "mixed resolution is a matter of the evaluation alone"
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +143,48 @@ def test_every_metric_that_a_laptop_claim_reads_is_made(finished: tuple[Path, di
 def test_every_claim_names_arms_that_are_there() -> None:
     arms = {name: ablation.arms for name, ablation in load_ablations("mm1").items()}
     assert load_claims(CONFIGS / "mm1" / "claims.yaml", arms=arms)
+
+
+def test_prompts_of_mixed_resolution_split_the_last_images_alone() -> None:
+    split = ["finetune=${tuning.sub_images}", "eval.shots=[0,4]"]
+    whole, mixed = (plan(["mm1/main"], [*QUIET, *split, *more])[-1].config for more in ([], ["split_last=2"]))
+    assert (whole.sub_images, mixed.sub_images) == (True, 2)  # type: ignore[attr-defined]
+    assert [cost.prompt_images(whole, shots) for shots in (0, 4)] == [5, 25]  # type: ignore[arg-type]
+    assert [cost.prompt_images(mixed, shots) for shots in (0, 4)] == [5, 13]  # type: ignore[arg-type]
+    seen: list[int] = []
+
+    class Model:
+        """As far as a prompt is made of pieces."""
+
+    answerer = evaluation.ModelAnswerer(Model(), side=2, last=2)  # type: ignore[arg-type]
+    image, text = Piece(image=torch.zeros(3, 4, 4)), Piece((1,))
+    for prompt in answerer._prompts([[image, text, image, text, image, text]]):
+        seen = [0 if piece.image is None else piece.image.shape[-1] for piece in prompt]
+    assert seen == [2, 0, *[2] * 5, 0, *[2] * 5, 0]
+
+
+def test_a_fine_tuning_trains_the_parts_that_it_names(finished: tuple[Path, dict[str, Record]], tmp_path: Path) -> None:
+    home, _ = finished
+    shutil.copytree(home, tmp_path / "home")
+    frozen = [*QUIET, "finetune=${tuning.same}", "finetune.trained=[connector]"]
+    specs = [spec for spec in plan(["mm1/main"], frozen) if spec.program == "finetune"]
+    carry_out(specs, tmp_path / "home")
+    store = Store(tmp_path / "home")
+    before, after = (
+        load_file(store.run(run).path / "model" / "model.safetensors")
+        for run in (specs[0].parents["model"], specs[0].id)
+    )
+    assert {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"connector"}
+
+
+def test_positions_beyond_those_of_the_decoder_are_told_in_one_sentence() -> None:
+    said: list[str] = []
+    decoder = build_decoder(composed().decoder.shape, vocab_size=50, seed=0)
+    for length in (4096, 5000):
+        rows = Rows(seq_len=length, max_images=1, mask="documents")
+        programs._warn_of_positions(decoder, rows, SimpleNamespace(warn=said.append), key="rows")  # type: ignore[arg-type]
+    assert len(said) == 1
+    assert said[0].startswith("rows.seq_len=5000: the decoder was trained on 4096 positions")
 
 
 def test_a_pretraining_that_is_stopped_ends_as_one_that_never_was(

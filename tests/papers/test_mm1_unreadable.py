@@ -22,7 +22,8 @@ from test_mm1_corpora import Corpus, folder, photo, shards, source, words, write
 from retrace.core import train
 from retrace.core.train import WEIGHT
 from retrace.papers.mm1 import programs
-from retrace.papers.mm1.contrastive import ContrastiveModel, TextTowerShape
+from retrace.papers.mm1.choices import TextTower
+from retrace.papers.mm1.contrastive import ContrastiveModel
 from retrace.papers.mm1.encoder import build_encoder
 from retrace.papers.mm1.mixture import Mixture
 from retrace.papers.mm1.packing import Picture, Window
@@ -110,7 +111,7 @@ def test_a_batch_of_which_nothing_can_be_read_has_no_loss_and_no_gradient(root: 
         options = {"max_tokens": 8, "image_size": SIDE, "pad_id": ids[PAD], "image_id": ids[IMAGE], "seed": 0}
         batch = Pairs(own, **options)(range(3))  # type: ignore[arg-type]
         encoder = build_encoder(VISION.model_copy(update={"conv_stem": True}), seed=0)
-        tower = TextTowerShape(
+        tower = TextTower(
             hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8, max_tokens=8, joint_size=4,
             image_pooling="mean_and_patches",
         )  # fmt: skip

@@ -11,6 +11,7 @@ from retrace.papers.mm1.program_configs import (
     EncoderConfig,
     EvaluateConfig,
     FinetuneConfig,
+    LawConfig,
     PretrainConfig,
     TokenizerConfig,
 )
@@ -32,6 +33,7 @@ PAPER = Paper(
         "pretrain": Program(PretrainConfig, f"{_PROGRAMS}:pretrain", cost.pretrain),
         "finetune": Program(FinetuneConfig, f"{_PROGRAMS}:finetune", cost.finetune),
         "evaluate": Program(EvaluateConfig, "retrace.papers.mm1.evaluation:evaluate", cost.evaluate),
+        "fit_law": Program(LawConfig, "retrace.papers.mm1.rates:fit_law", cost.fit_law),
         "choose_rate": Program(ChooseConfig, "retrace.papers.mm1.rates:choose_rate", cost.choose_rate),
     },
     check=check,

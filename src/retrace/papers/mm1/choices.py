@@ -127,7 +127,9 @@ class ImageTask(Frozen):
     form: Literal["caption", "vqa"]
     train: CorpusConfig
     test: CorpusConfig
-    limit: int | None = Field(ge=2)  # items; null: all
+    num_train: int = Field(1000, ge=1)  # items, the first ones, that demonstrations are drawn from
+    limit: int | None = Field(ge=2)  # items of the test split that are asked; null: all
+    num_items: int = Field(5000, ge=2)  # all of them, for a plan that has not seen them
 
     @model_validator(mode="after")
     def _documents_fit(self) -> Self:

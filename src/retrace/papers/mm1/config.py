@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from retrace.core.config import CONFIGS, Experiment, Frozen
 from retrace.core.optim import Optim
 from retrace.papers.mm1.choices import (
+    Corpora,
     Data,
     Decoder,
     Encoder,
     PretrainedDecoder,
     ScratchDecoder,
     ScratchEncoder,
-    SourceName,
 )
 from retrace.papers.mm1.mixture import Mixture
 from retrace.papers.mm1.shape import ConnectorShape, DecoderShape, ExpertsShape, VisionShape
@@ -24,6 +24,7 @@ from retrace.papers.mm1.world import WorldConfig
 TASKS = CONFIGS / "mm1" / "tasks"
 SUB_IMAGES = 5  # an overview and four quarters (Section 2.4)
 Part = Literal["encoder", "connector", "decoder"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class Rows(Frozen):
@@ -50,6 +51,7 @@ class Finetune(Frozen):
     image_size: int = Field(ge=1)  # of the images; with sub-images the encoder gets half of it
     sub_images: bool
     rows: Rows
+    trained: tuple[Part, ...] = Field(PARTS, min_length=1)  # the others are frozen
     optim: Optim
 
     @property
@@ -124,6 +126,7 @@ class Rates(Frozen):
     near: float = Field(
         ge=0, lt=1
     )  # share of the best score that another rate may lack and still count as one of the best
+    law: bool = False  # for all of sizes.decoders, and a law fit through them
 
     @model_validator(mode="after")
     def _rates_rise(self) -> Self:
@@ -150,11 +153,31 @@ class MM1Config(Experiment):
     connector: ConnectorShape
     decoder: Decoder
     experts: ExpertsShape | None
+    photos: Corpora  # your own: `data=${photos}` takes them
     data: Data
     pretrain: Pretrain
+    synthetic_share: float = Field(ge=0, lt=1)  # of the captions, in joint pre-training (Section 3.3)
     finetune: Finetune | None
+    split_last: int | None = Field(ge=1)  # behind sub-images: of a prompt's images these alone are split; null: all
     rates: Rates | None  # null: the one rate of pretrain.optim
     eval: Evaluation
+
+    @property
+    def pretraining(self) -> Pretrain:
+        """`pretrain` with `synthetic_share` of the captions' weight given to synthetic ones."""
+        weights = self.pretrain.mixture.weights
+        if not self.synthetic_share or not weights.get("caption"):
+            return self.pretrain
+        moved = self.synthetic_share * weights["caption"]
+        captions = {"caption": weights["caption"] - moved, "synthetic": weights.get("synthetic", 0.0) + moved}
+        return self.pretrain.model_copy(update={"mixture": Mixture(weights={**weights, **captions})})
+
+    @property
+    def used_sources(self) -> list[str]:
+        """Of the trainings before any fine-tuning."""
+        used = [*self.pretraining.mixture.used]
+        used += [self.encoder.captions] if isinstance(self.encoder, ScratchEncoder) else []
+        return [*used, *(["text"] if isinstance(self.decoder, ScratchDecoder) else [])]
 
     @property
     def vision(self) -> VisionShape:
@@ -179,6 +202,12 @@ class MM1Config(Experiment):
                 f"experts.every={self.experts.every} with decoder.shape.num_layers={self.decoder.shape.num_layers}: "
                 "no layer would have experts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_split(self) -> Self:
+        if self.split_last is not None and (self.finetune is None or not self.finetune.sub_images):
+            raise ValueError(f"split_last={self.split_last}: only a fine-tuning with sub_images=true splits; use null")
         return self
 
     @model_validator(mode="after")
@@ -207,12 +236,7 @@ class MM1Config(Experiment):
             raise ValueError("encoder.captions=parts: only procedural captions come in parts; use caption or synthetic")
         if isinstance(self.decoder, ScratchDecoder) and self.decoder.caption_words:
             raise ValueError(f"decoder.caption_words={self.decoder.caption_words:g}: of procedural data only; use 0.0")
-        wanted: list[SourceName | str] = [*self.pretrain.mixture.used]
-        if isinstance(self.encoder, ScratchEncoder):
-            wanted.append(self.encoder.captions)
-        if isinstance(self.decoder, ScratchDecoder):
-            wanted.append("text")
-        for name in wanted:
+        for name in self.used_sources:
             if name not in self.data.sources:
                 raise ValueError(
                     f"data.sources has no {name}, which is trained on; it has {', '.join(self.data.sources)}"

@@ -14,35 +14,21 @@ import math
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import SiglipTextConfig, SiglipTextModel
 
-from retrace.core.config import Frozen
 from retrace.core.data import derive_seed
+from retrace.papers.mm1.choices import TextTower
 from retrace.papers.mm1.decoder import Output
 from retrace.papers.mm1.encoder import VisionEncoder
-from retrace.papers.mm1.shape import ImagePooling
 
 FIRST_TEMPERATURE, LEAST_TEMPERATURE = 0.07, 0.01
-
-
-class TextTowerShape(Frozen):
-    """The text side, which is thrown away after the pre-training."""
-
-    hidden_size: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
-    num_heads: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1)
-    max_tokens: int = Field(ge=1)  # of a caption
-    joint_size: int = Field(ge=1)  # of the space that both sides are projected to
-    image_pooling: ImagePooling
 
 
 class ContrastiveModel(nn.Module):
     """An encoder and the text tower that teaches it."""
 
-    def __init__(self, encoder: VisionEncoder, shape: TextTowerShape, *, vocab_size: int, seed: int) -> None:
+    def __init__(self, encoder: VisionEncoder, shape: TextTower, *, vocab_size: int, seed: int) -> None:
         super().__init__()
         torch.manual_seed(derive_seed(seed, "text tower"))
         config = SiglipTextConfig(

@@ -60,7 +60,10 @@ class _Corpus(Frozen):
 
 
 class ImageFolder(_Corpus):
-    """Photos with captions: PHOTO.txt beside each, or one captions.jsonl with lines {"image": ..., "text": ...}."""
+    """Photos with captions: PHOTO.txt beside each, or one captions.jsonl with lines {"image": ..., "text": ...}.
+
+    Or one metadata.jsonl with lines {"file_name": ..., "text": ...}, as `datasets` names them.
+    """
 
     kind: Literal["folder"]
     path: str = Field(min_length=1)  # its folders are read too
@@ -74,7 +77,8 @@ class ImageFolder(_Corpus):
         folder = _root(self.path) / self.path
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder: put photos and their captions there")
-        return sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+        found = (file for file in folder.rglob("*") if file.is_file())
+        return sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts))
 
     def notes(self) -> dict[str, int]:
         """Files that have no caption, and are left out."""
@@ -86,14 +90,15 @@ class ImageFolder(_Corpus):
         return [file for file in self.files() if file.suffix not in (".txt", ".jsonl")]
 
     def _rows(self) -> list[Row]:
-        listed = _root(self.path) / self.path / "captions.jsonl"
-        if listed.is_file():
-            key = self.image_field
+        folder, key = _root(self.path) / self.path, self.image_field
+        for listed, named in ((folder / "captions.jsonl", key), (folder / "metadata.jsonl", "file_name")):
+            if not listed.is_file():
+                continue
             try:
                 given = list(_json_lines(listed, 0))
             except EndsEarly as error:
                 raise ValueError(f"{listed}: {error}: write it anew") from error
-            return [{**row, key: str(listed.parent / str(row[key]))} if key in row else row for row in given]
+            return [{**row, key: str(folder / str(row[named]))} if named in row else row for row in given]
         photos = self._photos()
         beside = [(photo, photo.with_suffix(".txt")) for photo in photos]
         rows: list[Row] = [
@@ -101,7 +106,7 @@ class ImageFolder(_Corpus):
         ]
         if not rows:
             raise ValueError(
-                f"{listed.parent}: {len(photos)} photos and no caption: put PHOTO.txt beside each photo, or a "
+                f"{folder}: {len(photos)} photos and no caption: put PHOTO.txt beside each photo, or a "
                 'captions.jsonl with lines {"image": "PHOTO.jpg", "text": "..."}'
             )
         return rows
@@ -250,14 +255,23 @@ def _file_rows(file: Path, start: int) -> Iterator[Row]:
 
     try:
         yield from _open(file).skip(start)
-    except (tarfile.TarError, ValueError, EOFError, OSError, zlib.error, datasets.exceptions.DatasetsError) as error:
+    except ValueError as error:
+        if "WebDataset format" in str(error):  # which `datasets` says of its first five samples
+            raise ValueError(
+                f"{file}: its first samples do not all have the same files: each needs one of every kind, such as "
+                "NAME.jpg and NAME.txt"
+            ) from error
+        raise EndsEarly(_reason(error)) from error
+    except (tarfile.TarError, EOFError, OSError, zlib.error, datasets.exceptions.DatasetsError) as error:
         raise EndsEarly(_reason(error)) from error
 
 
 def _json_lines(file: Path, start: int) -> Iterator[Row]:
     with open(file, encoding="utf-8") as lines:
+        found = 0
         for number, line in enumerate(lines, start=1):
-            if number <= start:
+            found += bool(line.strip())
+            if found <= start or not line.strip():
                 continue
             try:
                 row = json.loads(line)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from retrace.core.data import shuffled
-from retrace.papers.mm1.corpora import EndsEarly, HubDataset, ImageFolder, LocalShards, Row, require_fields
+from retrace.papers.mm1.corpora import EndsEarly, HubDataset, ImageFolder, LocalShards, Row
 from retrace.papers.mm1.packing import Draft, Picture
 from retrace.papers.mm1.photos import Photos
 from retrace.papers.mm1.rows import Piece
@@ -79,9 +79,10 @@ class CorpusSource:
             self._short[name], self._why = number, str(error)
 
     def _draft(self, row: Row, name: str) -> Draft | None:
-        """A row as a document, None where it says nothing."""
+        """A row as a document, None where it says nothing or lacks a field."""
         config, folder = self.config, row.get("__folder__", "")
-        require_fields(config, row, name=name)
+        if any(field not in row for field in config.fields):
+            return None
         image, text = row.get(config.image_field), row[config.text_field]
         parts: list[Piece | Picture] = []
         if config.document == "interleaved":
@@ -102,7 +103,7 @@ class CorpusSource:
             )
             said = self._pieces(text)
             parts = [Picture((image, folder)), *asked, *said] if said else []
-        if not parts:
+        if not any(isinstance(part, Piece) for part in parts):
             return None
         start = self.tokenizer.bos_token_id
         opening = [] if start is None else [Piece((start,), learned=False)]
@@ -117,7 +118,7 @@ class CorpusSource:
 
     def _note_empty(self, mark: tuple[int, int, int], shard: str) -> None:
         if not self._empty:
-            log.warning("%s: row %d has no text: left out; others are only counted", shard, mark[2])
+            log.warning("%s: row %d has no text, or lacks a field: left out; others are only counted", shard, mark[2])
         if mark > self._counted:
             self._empty, self._counted = self._empty + 1, mark
 

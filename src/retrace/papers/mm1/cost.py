@@ -17,6 +17,7 @@ from retrace.papers.mm1.program_configs import (
     EncoderConfig,
     EvaluateConfig,
     FinetuneConfig,
+    LawConfig,
     PretrainConfig,
     TokenizerConfig,
 )
@@ -155,7 +156,7 @@ def pretrain(config: PretrainConfig) -> Cost:
 
 def finetune(config: FinetuneConfig) -> Cost:
     """As the pre-training, on rows with images alone."""
-    return _joint(config, config.finetune.optim, config.finetune.rows, 1.0, trained=("encoder", "connector", "decoder"))
+    return _joint(config, config.finetune.optim, config.finetune.rows, 1.0, trained=config.finetune.trained)
 
 
 def _joint(
@@ -178,21 +179,30 @@ def _joint(
     return Cost(seqs * rows.seq_len, TRAIN * seqs * flops, memory)
 
 
+def prompt_images(config: EvaluateConfig, shots: int) -> int:
+    """Of a few-shot prompt, as the encoder gets them."""
+    split = 0 if config.sub_images is False else shots + 1 if config.sub_images is True else config.sub_images
+    return shots + 1 + (SUB_IMAGES - 1) * min(split, shots + 1)
+
+
+def prompt_length(config: EvaluateConfig, shots: int) -> int:
+    """Positions of a few-shot prompt, its text taken as `EPISODE_TEXT` a turn."""
+    return prompt_images(config, shots) * config.connector.num_tokens + (shots + 1) * EPISODE_TEXT
+
+
 def evaluate(config: EvaluateConfig) -> Cost:
     """Every episode's prompt is read once; text tasks of lm-eval are not counted."""
     asked, data = config.eval, config.data
     if isinstance(data, Corpora):
-        episodes = {shot: sum(task.limit or 5000 for task in data.tasks.values()) for shot in asked.shots}
+        episodes = {shot: sum(task.limit or task.num_items for task in data.tasks.values()) for shot in asked.shots}
     else:
         episodes = {shot: asked.num_episodes * (1 + (len(ATTRIBUTES) if shot else 0)) for shot in asked.shots}
-    times = SUB_IMAGES if config.sub_images else 1
     tokens = flops = 0.0
     for shot, count in episodes.items():
-        images = (shot + 1) * times
-        length = images * config.connector.num_tokens + (shot + 1) * EPISODE_TEXT
+        images, length = prompt_images(config, shot), prompt_length(config, shot)
         tokens += count * length
         flops += count * forward_flops(config, tokens=length, keys=length / 2, logits=EPISODE_TEXT, images=images)
-    longest = (max(asked.shots) + 1) * (config.connector.num_tokens * times + EPISODE_TEXT) * asked.batch_size
+    longest = prompt_length(config, max(asked.shots)) * asked.batch_size
     precision: Precision = "fp32" if asked.precision == "fp32" else "pure_bf16"
     shape, size = config.decoder.shape, COMPUTED[precision]
     kept = size * longest * (2 * shape.num_layers + 12) * shape.hidden_size
@@ -204,6 +214,11 @@ def choose_rate(config: ChooseConfig) -> Cost:
     """A look at some records."""
     looks = len(config.rates.learning_rates)
     return Cost(0, float(looks), Memory(0, 0, "fp32", activations=0.0, checkpointed=0.0), shared=False)
+
+
+def fit_law(config: LawConfig) -> Cost:
+    """A look at a record a size."""
+    return Cost(0, float(len(config.num_parameters)), Memory(0, 0, "fp32", 0.0, 0.0), shared=False)
 
 
 def _memory(

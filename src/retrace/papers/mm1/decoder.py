@@ -53,6 +53,11 @@ class Decoder(nn.Module):
     def vocab_size(self) -> int:
         return int(self.trunk.config.vocab_size)
 
+    @property
+    def num_positions(self) -> int:
+        """Of a document, at the most, that it was trained for."""
+        return int(self.trunk.config.max_position_embeddings)
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """(..., C)."""
         found: Tensor = self.trunk.get_input_embeddings()(input_ids)
@@ -124,9 +129,7 @@ def decoder_of(settings: dict[str, Any]) -> Decoder:
     return Decoder(trunk, experts=experts)
 
 
-def build_decoder(
-    shape: DecoderShape, *, vocab_size: int, seed: int, max_positions: int = 4096, tie_embeddings: bool = True
-) -> Decoder:
+def build_decoder(shape: DecoderShape, *, vocab_size: int, seed: int) -> Decoder:
     """A Llama with random weights that follow from the seed."""
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -135,8 +138,8 @@ def build_decoder(
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads,
         intermediate_size=shape.intermediate_size,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=tie_embeddings,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
     )
     torch.manual_seed(derive_seed(seed, "decoder"))
     experts = None if shape.experts is None else shape.experts.model_dump(mode="json")

@@ -81,28 +81,17 @@ class ConvStem(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Patch features of images. `layer` counts hidden states from the end, -1 is the last one, normalised."""
+    """Patch features of images: transformers' last hidden states, which SigLIP's towers normalise and CLIP's do not."""
 
-    def __init__(
-        self, trunk: PreTrainedModel, *, pixels: tuple[Sequence[float], Sequence[float]], layer: int = -1
-    ) -> None:
+    def __init__(self, trunk: PreTrainedModel, *, pixels: tuple[Sequence[float], Sequence[float]]) -> None:
         super().__init__()
-        if not -trunk.config.num_hidden_layers <= layer <= -1:
-            raise ValueError(f"layer={layer}: expected -1 (the last) to -{trunk.config.num_hidden_layers} (the first)")
-        self.trunk, self.layer = trunk, layer
+        self.trunk = trunk
         self.mean: Tensor
         self.std: Tensor
         for name, values in zip(("mean", "std"), pixels, strict=True):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1))
-        self._freeze_unused()
-
-    def _freeze_unused(self) -> None:
-        """No gradient reaches the norm of a class token that nobody reads, nor layers behind the chosen one."""
-        unused = list(self.trunk.encoder.layers[self.trunk.config.num_hidden_layers + 1 + self.layer :])
-        if self.layer != -1 or self.has_class_token:
-            unused.append(self.trunk.post_layernorm)
-        for module in unused:
-            module.requires_grad_(False)
+        if self.has_class_token:
+            self.trunk.post_layernorm.requires_grad_(False)  # of the class token, which nobody reads
 
     @property
     def has_class_token(self) -> bool:
@@ -140,10 +129,9 @@ class VisionEncoder(nn.Module):
         found = self.trunk(
             (images_M3RR - self.mean) / self.std,
             interpolate_pos_encoding=height != self.image_size,
-            output_hidden_states=self.layer != -1,
             **({} if mask_PP is None else {"attention_mask": mask_PP}),
         )
-        features: Tensor = found.last_hidden_state if self.layer == -1 else found.hidden_states[self.layer]
+        features: Tensor = found.last_hidden_state
         return features[:, 1:] if self.has_class_token else features
 
     def settings(self) -> dict[str, Any]:
@@ -153,7 +141,6 @@ class VisionEncoder(nn.Module):
             "config": self.trunk.config.to_dict(),
             "conv_stem": isinstance(self.trunk.embeddings.patch_embedding, ConvStem),
             "pixels": [self.mean.flatten().tolist(), self.std.flatten().tolist()],
-            "layer": self.layer,
         }
 
 
@@ -166,7 +153,7 @@ def encoder_of(settings: dict[str, Any]) -> VisionEncoder:
             trunk.config.patch_size, channels=trunk.config.num_channels, hidden_size=trunk.config.hidden_size
         )
     mean, std = settings["pixels"]
-    return VisionEncoder(trunk, pixels=(mean, std), layer=settings["layer"])
+    return VisionEncoder(trunk, pixels=(mean, std))
 
 
 def build_encoder(shape: VisionShape, *, seed: int) -> VisionEncoder:
@@ -187,7 +174,6 @@ def build_encoder(shape: VisionShape, *, seed: int) -> VisionEncoder:
             "config": config.to_dict(),
             "conv_stem": shape.conv_stem,
             "pixels": PIXELS[config.model_type],
-            "layer": -1,
         }
     )
 
@@ -196,7 +182,6 @@ def load_encoder(
     name: str,
     *,
     image_size: int | None = None,
-    layer: int = -1,
     revision: str = "main",
     dtype: torch.dtype = torch.float32,
 ) -> VisionEncoder:
@@ -211,7 +196,7 @@ def load_encoder(
     model, _ = CLASSES[kind]
     options = {"vision_use_head": False} if kind == "siglip_vision_model" else {}
     trunk = load_pretrained(model, name, revision=revision, dtype=dtype, use_safetensors=True, **options)
-    encoder = VisionEncoder(trunk, pixels=_pixels(name, revision=revision, kind=kind), layer=layer)
+    encoder = VisionEncoder(trunk, pixels=_pixels(name, revision=revision, kind=kind))
     return encoder if image_size is None else resized(encoder, image_size)
 
 

@@ -5,10 +5,10 @@ Every task's scores are a file of the run, with each answer: a killed run goes o
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from retrace.core.files import read_json, write_json
 from retrace.core.precision import COMPUTED
 from retrace.papers.mm1 import cost, fewshot, inference
 from retrace.papers.mm1.choices import ImageTask
-from retrace.papers.mm1.config import TASKS
+from retrace.papers.mm1.config import TASKS, Evaluation
 from retrace.papers.mm1.corpus_source import CorpusSource
-from retrace.papers.mm1.fewshot import Scores, Task, group_means, read_items, with_demonstrations
+from retrace.papers.mm1.fewshot import Scores, Task, group_means, read_items, sampled, with_demonstrations
 from retrace.papers.mm1.model import MultimodalModel
 from retrace.papers.mm1.pretrained import load_model
 from retrace.papers.mm1.program_configs import EvaluateConfig
@@ -42,13 +42,17 @@ CHANCE = {"color": 1 / 8, "shape": 1 / 8, "digits": 1 / 10}
 
 @dataclass(frozen=True)
 class ModelAnswerer:
-    """The model as `fewshot` asks it; with `side`, images are split into an overview and quarters of that size."""
+    """The model as `fewshot` asks it; with `side`, images are split into an overview and quarters of that size.
+
+    Of `last`, only the last images of a prompt are: mixed resolution (Section 2.4).
+    """
 
     model: MultimodalModel
     side: int | None = None
+    last: int | None = None
 
     def _prompts(self, prompts: Sequence[Sequence[Piece]]) -> list[Sequence[Piece]]:
-        return [p if self.side is None else split_images(p, side=self.side) for p in prompts]
+        return [p if self.side is None else split_images(p, side=self.side, last=self.last) for p in prompts]
 
     def generate(
         self, prompts: Sequence[Sequence[Piece]], *, max_new_tokens: int, stop: Collection[int]
@@ -68,7 +72,9 @@ def evaluate(config: EvaluateConfig, ctx: Context) -> dict[str, float]:
     tokenizer = load_tokenizer(config.data, config.decoder, ctx)
     dtype = COMPUTED[config.eval.precision]
     model = load_model(ctx.parents["model"].path / MODEL, dtype=dtype, device=ctx.hardware.device)
-    answerer = ModelAnswerer(model, side=config.image_size // 2 if config.sub_images else None)
+    last = None if isinstance(config.sub_images, bool) else config.sub_images
+    answerer = ModelAnswerer(model, side=config.image_size // 2 if config.sub_images else None, last=last)
+    _warn_of_positions(config, model, ctx)
     asked = [(task, shots) for task in _tasks(config, tokenizer) for shots in task.shots]
     scores: list[Scores] = []
     total, began = len(asked) + len(config.eval.text_tasks), time.monotonic()
@@ -90,6 +96,17 @@ def evaluate(config: EvaluateConfig, ctx: Context) -> dict[str, float]:
     return metrics
 
 
+def _warn_of_positions(config: EvaluateConfig, model: MultimodalModel, ctx: Context) -> None:
+    """One sentence where prompts are longer than what the decoder was trained for."""
+    shots, room = max(config.eval.shots), model.decoder.num_positions
+    longest = cost.prompt_length(config, shots)
+    if longest > room:
+        ctx.warn(
+            f"eval.shots: prompts of {shots} shots have some {longest} positions, the decoder was trained on {room}, "
+            "and their scores will be low for that alone: ask for fewer shots or image tokens, or split fewer images"
+        )
+
+
 def _tasks(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
     asked = config.eval
     if isinstance(config.data, WorldConfig):
@@ -97,24 +114,24 @@ def _tasks(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> list[T
             config.data, image_size=config.image_size, count=asked.num_episodes, seed=asked.seed, shots=asked.shots
         )
         return [task for task in found if config.tuned or task.group != "sft"]
-    return [_image_task(name, task, config, tokenizer) for name, task in config.data.tasks.items()]
+    size = config.image_size
+    return [image_task(name, task, asked, tokenizer, image_size=size) for name, task in config.data.tasks.items()]
 
 
-def _image_task(name: str, task: ImageTask, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """A benchmark: demonstrations from its training split, in the paper's prompt form."""
-    asked, size = config.eval, config.image_size
+def image_task(
+    name: str, task: ImageTask, asked: Evaluation, tokenizer: PreTrainedTokenizerBase, *, image_size: int
+) -> Task:
+    """A benchmark: demonstrations from its training split, in the paper's prompt form; items are read as they come."""
     files = CorpusSource(task.test, tokenizer, image_id=image_id(tokenizer), seed=asked.seed)
     most = max(asked.shots)
 
-    def episodes(shots: int) -> list[fewshot.Episode]:
-        shown = read_items(task.train, limit=None if task.limit is None else max(task.limit, most))
-        items = read_items(task.test, limit=None)
-        if task.limit is not None and task.limit < len(items):
-            items = random.Random(f"items/{asked.seed}/{name}").sample(items, task.limit)
-        return with_demonstrations(shown, items, shots=shots, seed=asked.seed)
+    def episodes(shots: int) -> Iterator[fewshot.Episode]:
+        shown = list(islice(read_items(task.train), task.num_train)) if shots else []
+        items = sampled(read_items(task.test), task.limit, key=f"items/{asked.seed}/{name}")
+        return with_demonstrations(shown, items, shots=shots, most=most, seed=asked.seed)
 
     def load(pictures: Sequence[Any]) -> list[Tensor | None]:
-        return files.load(pictures, image_size=size)
+        return files.load(pictures, image_size=image_size)
 
     captions = task.form == "caption"
     form = fewshot.CAPTION if captions else fewshot.VQA

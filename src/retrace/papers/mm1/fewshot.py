@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from statistics import fmean
 from typing import Any, Literal, Protocol
@@ -80,7 +80,7 @@ class Task:
     group: Group
     form: Form
     shots: tuple[int, ...]
-    episodes: Callable[[int], Sequence[Episode]]
+    episodes: Callable[[int], Iterable[Episode]]
     score: Callable[[Sequence[str], Sequence[Item]], Mapping[str, Sequence[float]]]
     load: Callable[[Sequence[Picture]], list[Tensor | None]]
 
@@ -114,7 +114,7 @@ def evaluate(
         prompts = list(_prompts(task, batch, tokenizer))
         kept = [(prompt, episode.query) for prompt, episode in zip(prompts, batch, strict=True) if prompt is not None]
         skipped += len(batch) - len(kept)
-        asked += [query for _, query in kept]
+        asked += [replace(query, picture=None) for _, query in kept]  # which may be the bytes of a file
         answers += answer(task.form, answerer, [prompt for prompt, _ in kept], tokenizer=tokenizer)
     if not asked:
         raise ValueError(f"{task.name}: no episode of {shots} shots can be asked; {skipped} have unreadable pictures")
@@ -134,11 +134,15 @@ def answer(
     """Texts up to the form's stops."""
     if not prompts:
         return []
-    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in form.stop]
-    stop = {ids[0] for ids in encoded if len(ids) == 1} | {tokenizer.eos_token_id}
-    found = answerer.generate(prompts, max_new_tokens=form.max_new_tokens, stop=stop)
+    found = answerer.generate(prompts, max_new_tokens=form.max_new_tokens, stop=stop_tokens(tokenizer, form.stop))
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
     return [min((text.partition(end)[0] for end in form.stop), key=len, default=text).strip() for text in texts]
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> set[int]:
+    """Those of the stops that are one token, and the end of the document."""
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in stop]
+    return {ids[0] for ids in encoded if len(ids) == 1} | {tokenizer.eos_token_id}
 
 
 def _prompts(
@@ -174,23 +178,37 @@ def group_means(scores: Sequence[Scores]) -> dict[str, float]:
     return {name: fmean(values) for name, values in groups.items()}
 
 
-def with_demonstrations(train: Sequence[Item], test: Sequence[Item], *, shots: int, seed: int) -> list[Episode]:
-    """Each test item behind `shots` different items of the training split; more shots begin with those of fewer.
+def with_demonstrations(
+    train: Sequence[Item], test: Iterable[Item], *, shots: int, most: int, seed: int
+) -> Iterator[Episode]:
+    """Each test item behind `shots` different items of `train`; more shots, up to `most`, begin with those of fewer.
 
-    Raises ValueError where the training split is smaller than that.
+    Raises ValueError where there are fewer than that.
     """
-    if len(train) < shots:
-        raise ValueError(f"{shots} shots are asked for, and the training split has {len(train)} items: ask for fewer")
-    drawn = (
-        random.Random(f"demonstrations/{seed}/{number}").sample(range(len(train)), len(train))[:shots]
-        for number in range(len(test))
-    )
-    return [Episode(tuple(train[i] for i in own), query) for own, query in zip(drawn, test, strict=True)]
+    if shots and len(train) < most:
+        raise ValueError(f"{most} shots are asked for, and the training split has {len(train)} items: ask for fewer")
+    for number, query in enumerate(test):
+        drawn = random.Random(f"demonstrations/{seed}/{number}").sample(range(len(train)), most) if shots else []
+        yield Episode(tuple(train[index] for index in drawn[:shots]), query)
 
 
-def read_items(config: ImageFolder | LocalShards | HubDataset, *, limit: int | None) -> list[Item]:
+def sampled(items: Iterable[Item], limit: int | None, *, key: str) -> Iterator[Item]:
+    """All items, or `limit` of them by the luck of the key; no more are held at a time (reservoir sampling)."""
+    if limit is None:
+        yield from items
+        return
+    rng = random.Random(key)
+    kept: list[Item] = []
+    for number, item in enumerate(items):
+        if number < limit:
+            kept.append(item)
+        elif (place := rng.randrange(number + 1)) < limit:
+            kept[place] = item
+    yield from kept
+
+
+def read_items(config: ImageFolder | LocalShards | HubDataset) -> Iterator[Item]:
     """Captions ("caption") or questions ("instruction") of a corpus, in its order; a text may be a list of answers."""
-    items: list[Item] = []
     for shard in config.shards():
         try:
             for row in shard.rows(0):
@@ -198,14 +216,11 @@ def read_items(config: ImageFolder | LocalShards | HubDataset, *, limit: int | N
                 given = row[config.text_field]
                 answers = tuple(given) if isinstance(given, list) else (str(given),)
                 question = str(row[config.question_field]) if config.document == "instruction" else ""
-                items.append(Item(Picture((row[config.image_field], row.get("__folder__", ""))), answers, question))
-                if len(items) == limit:
-                    return items
+                yield Item(Picture((row[config.image_field], row.get("__folder__", ""))), answers, question)
         except EndsEarly as error:
             raise ValueError(
                 f"{shard.name}: ends early ({error}): an evaluation needs all of it; get it anew"
             ) from error
-    return items
 
 
 def score_captions(answers: Sequence[str], asked: Sequence[Item]) -> dict[str, list[float]]:

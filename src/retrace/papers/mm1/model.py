@@ -9,20 +9,17 @@ Shapes: M images, R pixels a side, N tokens of an image, T tokens that are no pa
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from retrace.papers.mm1.attention import Tokens
+from retrace.papers.mm1.config import PARTS, Part
 from retrace.papers.mm1.connectors import CAbstractor, build_connector
 from retrace.papers.mm1.decoder import Decoder, Output
 from retrace.papers.mm1.encoder import VisionEncoder, resized
 from retrace.papers.mm1.rows import PackedBatch
 from retrace.papers.mm1.shape import ConnectorShape
-
-Part = Literal["encoder", "connector", "decoder"]
-PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class MultimodalModel(nn.Module):

@@ -34,7 +34,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Window:
-    """What a row holds. A document that is too long is cut between its parts or within text, trimmed, or refused."""
+    """What a row holds. A document that is too long is cut between its parts or within text, or trimmed."""
 
     seq_len: int  # positions
     image_tokens: int  # positions of an image
@@ -42,7 +42,7 @@ class Window:
     pad_id: int
     image_id: int
     sub_images: int = 1  # that an image of a draft becomes (Section 2.4); each takes `image_tokens`
-    too_long: Literal["cut", "trim", "refuse"] = "cut"  # into rows of its own; to its beginning; or an error
+    too_long: Literal["cut", "trim"] = "cut"  # into rows of its own; or to its beginning
 
     def __post_init__(self) -> None:
         if self.image_tokens * self.sub_images >= self.seq_len or self.max_images < 1:
@@ -64,18 +64,9 @@ class Window:
         return size[0] <= self.seq_len and size[1] <= self.max_images
 
     def cut(self, draft: Draft) -> list[Draft]:
-        """The draft itself, or pieces of it that fit. No image is cut in two, and nothing is lost unless trimmed.
-
-        Raises ValueError for one that does not fit where those are refused.
-        """
-        size = self.size(draft)
-        if self.fits(size):
+        """The draft itself, or pieces of it that fit. No image is cut in two, and nothing is lost unless trimmed."""
+        if self.fits(self.size(draft)):
             return [draft]
-        if self.too_long == "refuse":
-            raise ValueError(
-                f"a document of {draft.source} has {size[0]} tokens and {size[1]} images, rows have seq_len="
-                f"{self.seq_len} and max_images={self.max_images}: choose longer rows, or too_long=cut"
-            )
         pieces = list(self._pieces(draft))
         return pieces[:1] if self.too_long == "trim" else pieces
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from retrace.core.config import Frozen
 from retrace.papers.mm1.choices import Corpora, Data, Decoder, Encoder, ScratchDecoder, ScratchEncoder
 from retrace.papers.mm1.config import Evaluation, Finetune, Pretrain, Rates
@@ -73,7 +77,7 @@ class EvaluateConfig(Frozen):
     """Program `evaluate`. Parent: `model`."""
 
     image_size: int  # of the images that are asked about
-    sub_images: bool
+    sub_images: bool | Annotated[int, Field(ge=1)]  # in which images are asked about; a number: the last of a prompt
     tuned: bool  # questions of the instruction data are asked too
     encoder: Encoder
     connector: ConnectorShape
@@ -96,4 +100,11 @@ class ChooseConfig(Frozen):
     rates: Rates
     metric: str  # of the evaluation, the higher the better
     num_parameters: int  # of the decoder without embeddings
+    seed: int
+
+
+class LawConfig(Frozen):
+    """Program `fit_law`. Parents by size: the choice of the rate of each."""
+
+    num_parameters: dict[str, int]
     seed: int

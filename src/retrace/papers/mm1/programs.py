@@ -18,13 +18,13 @@ from retrace.core.precision import KEPT
 from retrace.core.train import WEIGHT, Batch, Group, LossFunction, fit
 from retrace.papers.mm1 import cost
 from retrace.papers.mm1.choices import PretrainedDecoder, PretrainedEncoder, vocab_size
-from retrace.papers.mm1.config import Rows
-from retrace.papers.mm1.contrastive import ContrastiveModel, TextTowerShape
+from retrace.papers.mm1.config import PARTS, Rows
+from retrace.papers.mm1.contrastive import ContrastiveModel
 from retrace.papers.mm1.decoder import Decoder, build_decoder, load_decoder
 from retrace.papers.mm1.encoder import VisionEncoder, build_encoder, load_encoder
 from retrace.papers.mm1.experts import add_experts
 from retrace.papers.mm1.mixture import Mixture
-from retrace.papers.mm1.model import PARTS, MultimodalModel
+from retrace.papers.mm1.model import MultimodalModel
 from retrace.papers.mm1.pairs import Pairs
 from retrace.papers.mm1.pretrained import Saved, from_pretrained, load_model, save_pretrained
 from retrace.papers.mm1.program_configs import (
@@ -83,8 +83,7 @@ def pretrain_encoder(config: EncoderConfig, ctx: Context) -> dict[str, float]:
     )
     model: nn.Module
     if settings.objective == "contrastive":
-        tower = TextTowerShape(**settings.text_tower.model_dump())
-        model = ContrastiveModel(encoder, tower, vocab_size=len(tokenizer), seed=config.seed)
+        model = ContrastiveModel(encoder, settings.text_tower, vocab_size=len(tokenizer), seed=config.seed)
     else:
         model = ReconstructiveModel(encoder, seed=config.seed)
     optim = settings.optim
@@ -155,6 +154,7 @@ def pretrain(config: PretrainConfig, ctx: Context) -> dict[str, float]:
         seed=config.seed,
     )  # fmt: skip
     model.train_only(settings.trained)
+    _warn_of_positions(model.decoder, settings.rows, ctx, key="pretrain.rows")
     rows = stream(
         config.data,
         settings.mixture,
@@ -172,14 +172,15 @@ def pretrain(config: PretrainConfig, ctx: Context) -> dict[str, float]:
 
 
 def finetune(config: FinetuneConfig, ctx: Context) -> dict[str, float]:
-    """Instructions behind the pre-training, everything trained, at its resolution or a higher one (3.5, 2.4)."""
+    """Instructions behind the pre-training, at its resolution or a higher one (3.5, 2.4)."""
     tokenizer = load_tokenizer(config.data, config.decoder, ctx)
     settings = config.finetune
     model = load_model(ctx.parents["model"].path / MODEL, dtype=KEPT[settings.optim.precision])
+    model.train_only(settings.trained)
     model.resize_images(settings.encoder_size)
-    window = window_of(
-        settings.rows, tokenizer, image_tokens=config.connector.num_tokens, sub_images=settings.sub_images
-    )
+    _warn_of_positions(model.decoder, settings.rows, ctx, key="finetune.rows")
+    asked: dict[str, Any] = {"image_tokens": config.connector.num_tokens, "sub_images": settings.sub_images}
+    window = window_of(settings.rows, tokenizer, too_long="trim", **asked)
     rows = stream(
         config.data,
         Mixture(weights={"instruction": 1.0}),
@@ -221,6 +222,15 @@ def _loss(wrapped: nn.Module, batch: Batch, _: torch.Generator) -> tuple[Tensor,
 def _note(rows: Stream, optim: Optim, ctx: Context) -> None:
     """What was read, and what was wrong with it, into the run's record. All processes must call it together."""
     ctx.notes["data"] = together(parallel.from_all(rows.notes(optim.steps * optim.batch_size)))
+
+
+def _warn_of_positions(decoder: Decoder, rows: Rows, ctx: Context, *, key: str) -> None:
+    """One sentence where a document may be longer than what the decoder was trained for."""
+    if rows.seq_len > decoder.num_positions:
+        ctx.warn(
+            f"{key}.seq_len={rows.seq_len}: the decoder was trained on {decoder.num_positions} positions, and longer "
+            f"documents go beyond them: choose {key}.seq_len={decoder.num_positions}, or another decoder"
+        )
 
 
 def _unmasked(rows: Callable[[range], Mapping[str, Tensor]]) -> Callable[[range], Mapping[str, Tensor]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 IGNORED = -100  # label of a position without loss
@@ -45,7 +44,3 @@ class PackedBatch:
     document_ids_BL: Tensor  # from 1 in every row; 0 is padding
     labels_BL: Tensor
     images_M3RR: Tensor
-
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """The same on another device."""
-        return PackedBatch(**{name: value.to(device) for name, value in vars(self).items()})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from tokenizers import AddedToken
 from torch import Tensor
@@ -96,8 +96,15 @@ def source(
     return CorpusSource(corpus, tokenizer, image_id=image_id(tokenizer), seed=derive_seed(seed, purpose))
 
 
-def window_of(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, image_tokens: int, sub_images: bool = False) -> Window:
-    """What a row holds. Documents that are too long are cut."""
+def window_of(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    image_tokens: int,
+    sub_images: bool = False,
+    too_long: Literal["cut", "trim"] = "cut",
+) -> Window:
+    """What a row holds. Documents that are too long are cut, or trimmed: what is cut off has lost its image."""
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
     return Window(
@@ -107,6 +114,7 @@ def window_of(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, image_tokens: i
         pad_id=pad,
         image_id=image_id(tokenizer),
         sub_images=SUB_IMAGES if sub_images else 1,
+        too_long=too_long,
     )
 
 

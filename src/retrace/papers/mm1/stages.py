@@ -22,13 +22,14 @@ from retrace.papers.mm1.choices import (
     ScratchDecoder,
     ScratchEncoder,
 )
-from retrace.papers.mm1.config import TASKS, MM1Config, Rates
+from retrace.papers.mm1.config import TASKS, Decoders, MM1Config, Rates
 from retrace.papers.mm1.program_configs import (
     ChooseConfig,
     DecoderConfig,
     EncoderConfig,
     EvaluateConfig,
     FinetuneConfig,
+    LawConfig,
     PretrainConfig,
     TokenizerConfig,
 )
@@ -37,7 +38,7 @@ from retrace.papers.mm1.program_configs import (
 def stages(config: MM1Config) -> Stage:
     """The last stage of an experiment, with those that it builds on. Raises ValueError for an unknown task."""
     if config.rates is not None:
-        return _choice(config, config.rates)
+        return _law(config, config.rates) if config.rates.law else _choice(config, config.rates)
     c, files = config, _fingerprints(config)
     words = _tokenizer(c, files)
     parents = {**words}
@@ -58,7 +59,7 @@ def stages(config: MM1Config) -> Stage:
         "seed": c.seed,
     }
     joint = PretrainConfig(
-        image_size=c.image_size, pretrain=c.pretrain, files=_of(files, *c.pretrain.mixture.used), **shared
+        image_size=c.image_size, pretrain=c.pretraining, files=_of(files, *c.pretraining.mixture.used), **shared
     )
     model = Stage("pretrain", joint, seed=c.seed, parents=parents)
     if c.finetune is not None:
@@ -67,7 +68,7 @@ def stages(config: MM1Config) -> Stage:
     tests = [f"{name}/{split}" for name in _image_tasks(c) for split in ("train", "test")]
     last = EvaluateConfig(
         image_size=c.image_size if c.finetune is None else c.finetune.image_size,
-        sub_images=c.finetune is not None and c.finetune.sub_images,
+        sub_images=c.finetune is not None and c.finetune.sub_images and (c.split_last or True),
         tuned=c.finetune is not None,
         eval=c.eval,
         tasks={name: task_fingerprint(name, tasks_dir=TASKS, data_dir=data_root()) for name in c.eval.text_tasks},
@@ -91,6 +92,16 @@ def _choice(c: MM1Config, rates: Rates) -> Stage:
         seed=c.seed,
     )
     return Stage("choose_rate", chosen, seed=c.seed, parents=parents)
+
+
+def _law(c: MM1Config, rates: Rates) -> Stage:
+    """That choice for every decoder size, and the law through the sizes."""
+    parents, each = {}, rates.model_copy(update={"law": False})
+    for name in Decoders.model_fields:
+        decoder = c.decoder.model_copy(update={"shape": getattr(c.sizes.decoders, name)})
+        parents[name] = _choice(c.model_copy(update={"decoder": decoder, "rates": each}), each)
+    sizes = {name: stage.config.num_parameters for name, stage in parents.items()}  # type: ignore[attr-defined]
+    return Stage("fit_law", LawConfig(num_parameters=sizes, seed=c.seed), seed=c.seed, parents=parents)
 
 
 def _tokenizer(c: MM1Config, files: dict[str, str]) -> dict[str, Stage]:
@@ -136,7 +147,7 @@ def check(config: MM1Config) -> None:
         optim.check_processes(processes, key=key)
     if isinstance(c.data, Corpora):
         every = c.data.every()
-        unused = set(c.data.sources) - set(_used_sources(c))
+        unused = set(c.data.sources) - set(c.used_sources)
         if c.finetune is None:
             unused.add("instruction")  # type: ignore[arg-type]
         for name, corpus in every.items():
@@ -148,9 +159,3 @@ def check(config: MM1Config) -> None:
             require_weights(Path(part.place()))
             if not Path(part.place()).is_dir():
                 require_hub(part.name, "download it where it can be reached, and name the folder instead")
-
-
-def _used_sources(c: MM1Config) -> list[str]:
-    used = [*c.pretrain.mixture.used]
-    used += [c.encoder.captions] if isinstance(c.encoder, ScratchEncoder) else []
-    return [*used, *(["text"] if isinstance(c.decoder, ScratchDecoder) else [])]

@@ -8,12 +8,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from retrace.core.requests import Request
-from retrace.papers.mm1.fewshot import Answerer
+from retrace.papers.mm1.fewshot import Answerer, stop_tokens
 from retrace.papers.mm1.rows import Piece
-
-TEXTCORE = (
-    "arc_easy", "arc_challenge", "piqa", "lambada_openai", "winogrande", "hellaswag", "sciq", "triviaqa", "webqs",
-)  # fmt: skip
 
 
 @dataclass
@@ -52,8 +48,7 @@ class TextScorer:
     ) -> list[str]:
         """Greedy texts, to the end of the document or a stop that is one token; the caller cuts at the others."""
         assert temperature == 0, "none of the tasks samples"
-        encoded = [self.tokenizer.encode(text, add_special_tokens=False) for text in stop]
-        ends = {ids[0] for ids in encoded if len(ids) == 1} | {self.tokenizer.eos_token_id}
+        ends = stop_tokens(self.tokenizer, stop)
         prompts = [[Piece(tuple(context))] for context in contexts]
         found = self.answerer.generate(prompts, max_new_tokens=max_new_tokens, stop=ends)
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
