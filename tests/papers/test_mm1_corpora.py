@@ -275,6 +275,39 @@ def test_a_shard_that_ends_early_gives_what_it_has_with_one_warning(
         check(config)
 
 
+def test_rows_that_lack_a_field_or_say_nothing_of_their_images_are_counted(root: Path) -> None:
+    write_folder(root / "docs", range(3))
+    rows = [{"image": "000.jpg", "text": "0"}, {"image": "001.jpg"}, {}, {"image": "002.jpg", "text": "2"}]
+    write_jsonl(root / "docs" / "a.jsonl", rows)
+    own = source(shards("docs/a.jsonl"))
+    assert [said(draft) for _, draft in itertools.islice(own.drafts(), 3)] == ["0", "2", "0"]
+    assert own.notes()["without_text"] == 2
+    write_jsonl(
+        root / "docs" / "b.jsonl", [{"images": ["000.jpg"], "texts": [None]}, {"images": [None], "texts": ["1"]}]
+    )
+    pages = shards("docs/b.jsonl", document="interleaved", image_field="images", text_field="texts")
+    own = source(pages)
+    assert said(next(own.drafts())[1]) == "1"
+    assert own.notes()["without_text"] == 1
+
+
+def test_lines_are_counted_without_the_blank_ones(root: Path) -> None:
+    (root / "a.jsonl").write_text('{"text": "1"}\n\n{"text": "2"}\n{"text": "3"}\n\n')
+    own = source(shards("a.jsonl", document="text"))
+    items = list(itertools.islice(own.drafts(), 6))
+    assert [said(draft) for _, draft in items] == ["1", "2", "3"] * 2
+    for place, (mark, _) in enumerate(items):
+        assert said(next(own.drafts(mark))[1]) == said(items[place][1])
+
+
+def test_a_tar_whose_samples_lack_files_at_its_beginning_is_refused_by_name(root: Path) -> None:
+    write_tar(root / "tars" / "0.tar", range(1))
+    with tarfile.open(root / "tars" / "0.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("0001.txt"), io.BytesIO(b""))
+    with pytest.raises(ValueError, match="0.tar: its first samples do not all have the same files: each needs"):
+        check(shards("tars/*.tar", image_field="jpg", text_field="txt"))
+
+
 def test_what_is_not_there_is_refused_in_one_sentence(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "photos").mkdir()
     (root / "photos" / "a.png").write_bytes(photo(1, format="PNG"))

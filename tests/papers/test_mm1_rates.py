@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from multimodal import carry_out
@@ -11,8 +13,8 @@ from multimodal import carry_out
 from retrace.core.plan import plan
 from retrace.core.record import Record
 from retrace.core.store import Store
-from retrace.papers.mm1.program_configs import ChooseConfig
-from retrace.papers.mm1.rates import law
+from retrace.papers.mm1.program_configs import ChooseConfig, LawConfig
+from retrace.papers.mm1.rates import OFFSET, SLOPE, fit_law, law, line
 
 
 @pytest.mark.parametrize(
@@ -40,3 +42,41 @@ def test_the_choice_is_the_mean_in_decades_of_the_rates_near_the_best_score(tmp_
     assert (found["rate/kept"], found["rate/at_lowest"], found["rate/at_highest"]) == (2.0, 0.0, 0.0)
     over = found["rate/log10"] - math.log10(law(chosen.config.num_parameters))
     assert found["rate/log10_over_law"] == pytest.approx(over)
+
+
+def test_the_law_is_fit_through_the_runs_of_the_choices_and_trains_nothing_more() -> None:
+    small = ["scale=smoke", "seed=0", "tracking.wandb=off"]
+    chosen = {spec.id for spec in plan(["mm1/learning_rate"], small)}
+    (more,) = (spec for spec in plan(["mm1/rate_law"], small) if spec.id not in chosen)
+    assert more.program == "fit_law"
+    assert isinstance(more.config, LawConfig)
+    assert list(more.config.num_parameters) == ["small", "medium", "large"]
+    assert sorted(more.parents) == ["large", "medium", "small"]
+    assert set(more.parents.values()) < chosen
+
+
+def test_the_fit_of_rates_that_follow_the_papers_law_has_its_constants(tmp_path: Path) -> None:
+    counts = {"small": 9_000_000, "medium": 85_000_000, "large": 302_000_000}
+    for name, count in counts.items():
+        record = Record(
+            id=f"mm1-{name}", paper="mm1", program="choose_rate", recipe=1, labels=(), scale="gpu", seed=0, schema=1,
+            status="DONE", config={}, parents={}, metrics={"rate/log10": math.log10(law(count))}, series={},
+            cost={}, provenance={},
+        )  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(record.to_json())
+    ctx: Any = SimpleNamespace(
+        is_main=True, cost={}, parents={name: SimpleNamespace(path=tmp_path / name) for name in counts}
+    )
+    found = fit_law(LawConfig(num_parameters=counts, seed=0), ctx)
+    assert (found["law/slope"], found["law/offset"]) == pytest.approx((SLOPE, OFFSET))
+    assert found["law/slope_high"] - found["law/slope_low"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_interval_of_a_slope_is_students() -> None:
+    """By hand: y = 0, 1, 1 at x = 0, 1, 2 has slope 1/2, residuals 1/6, 1/3, 1/6 of squares 1/6, and t of 12.706."""
+    slope, offset, half = line([0, 1, 2], [0, 1, 1])
+    assert (slope, offset) == pytest.approx((0.5, 1 / 6))
+    assert half == pytest.approx(12.7062 * math.sqrt(1 / 6 / 2), rel=1e-4)
+    with pytest.raises(ValueError, match="2 points: an interval of a slope needs three"):
+        line([0, 1], [0, 1])

@@ -129,6 +129,7 @@ def test_the_paper_scale_continues_clip_and_llama_on_two_sharded_processes(
     size = tiny_models(data)
     own = [
         "data.sources.caption.pattern=mm1/captions/*.tar",
+        "data.sources.synthetic.pattern=mm1/synthetic/*.tar",
         "data.sources.interleaved.pattern=mm1/interleaved/*.parquet",
         "data.sources.text.pattern=mm1/text/*.parquet",
         *[

@@ -78,6 +78,16 @@ def test_real_data_must_hold_what_is_trained_on() -> None:
         validate(MM1Config, tree, source="test")
 
 
+def test_synthetic_captions_take_their_share_of_the_captions_in_every_arm() -> None:
+    assert composed().pretraining == composed().pretrain, "none: the run is the one it was"
+    asked = {"main": [], "captions": ["pretrain.mixture.weights={caption: 1.0, interleaved: 0.0, text: 0.0}"]}
+    weights = {n: composed("synthetic_share=0.07", *o).pretraining.mixture.weights for n, o in asked.items()}
+    assert weights["main"] == pytest.approx({"caption": 0.4185, "synthetic": 0.0315, "interleaved": 0.45, "text": 0.1})
+    assert weights["captions"] == pytest.approx({"caption": 0.93, "synthetic": 0.07, "interleaved": 0.0, "text": 0.0})
+    without = "pretrain.mixture.weights={caption: 0.0, interleaved: 1.0, text: 0.0}"
+    assert composed("synthetic_share=0.07", without).pretraining.mixture.used == ["interleaved"]
+
+
 def test_arms_share_encoders_and_decoders_that_are_made_alike() -> None:
     specs = plan(["mm1"], QUIET)
     by_program = {name: [s for s in specs if s.program == name] for name in ("pretrain_encoder", "pretrain_decoder")}
