@@ -119,11 +119,8 @@ def run(
 
     targets, overrides = split(words)
     specs = planning.plan(targets, overrides, check=True)
-    places = {spec.hardware.name: spec.hardware.slurm is not None for spec in specs}
-    if len(set(places.values())) > 1:
-        raise ValueError(f"hardware={','.join(places)}: some on Slurm and some here; give them in two commands")
     command = shlex.join(["retrace", *sys.argv[1:]])
-    if any(places.values()):
+    if specs[0].hardware.slurm:
         raise typer.Exit(submit(specs, command=command, allow_dirty=allow_dirty, console=console))
     raise typer.Exit(sweep(specs, command=command, console=console))
 

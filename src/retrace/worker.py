@@ -53,6 +53,9 @@ def execute(path: Path, *, store: Store, stop: threading.Event) -> Outcome:
     try:
         spec, command = run.load()
         if int(os.environ.get("RANK", 0)) > 0:
+            state = run.state()
+            if state.finished:  # the first process sees it too, and nobody would be there to work with
+                return Outcome(state.status, state.reason)
             return _program(run, spec, command, store=store, stop=stop, main=False)
         with run.lease(), _logging_to(path / "log.txt"):
             state = run.state()
@@ -63,7 +66,18 @@ def execute(path: Path, *, store: Store, stop: threading.Event) -> Outcome:
     except Busy as error:
         return Outcome("BUSY", str(error))
     except Exception as error:
-        return _failed(run, spec, error)
+        return Outcome("BUSY", str(error)) if run.lost.is_set() else _failed(run, spec, error)
+
+
+class _Stop(threading.Event):
+    """The wish to stop one run: that of the process, or because the run's lease is lost."""
+
+    def __init__(self, process: threading.Event, lost: threading.Event) -> None:
+        super().__init__()
+        self._wishes = process, lost
+
+    def is_set(self) -> bool:
+        return any(wish.is_set() for wish in self._wishes)
 
 
 def _program(run: RunDir, spec: RunSpec, command: str, *, store: Store, stop: threading.Event, main: bool) -> Outcome:
@@ -80,14 +94,13 @@ def _program(run: RunDir, spec: RunSpec, command: str, *, store: Store, stop: th
         parents=parents,
         hardware=spec.hardware,
         tracker=tracker,
-        stop=stop,
+        stop=_Stop(stop, run.lost),
         is_main=main,
     )
     log.info("%s: start (%s)", spec.id, ", ".join(spec.labels))
     status: Literal["DONE", "DIVERGED"] | None = None
     metrics: dict[str, float] = {}
     reason = ""
-    began = time.monotonic()
     try:
         metrics = dict(load_paper(spec.paper).programs[spec.program].load()(spec.config, ctx))
         status = "DONE"
@@ -96,11 +109,13 @@ def _program(run: RunDir, spec: RunSpec, command: str, *, store: Store, stop: th
         metrics = {**error.metrics, "diverged_at": float(error.step)}
     except Stopped as error:
         log.info("%s: %s", spec.id, error)
+        run.check_lease()
         return Outcome("STOPPED", str(error))
     finally:
         tracker.close(summary=metrics, exit_code=0 if status else 1)
     if main:
-        ctx.cost.setdefault("seconds", time.monotonic() - began)
+        run.check_lease()
+        ctx.cost.setdefault("seconds", tracker.seconds)
         store.write_record(_record(run, spec, ctx, command=command, status=status, metrics=metrics))
         run.finish(status, metrics=metrics, reason=reason)  # after the record: finished means that the numbers are safe
     log.info("%s: %s", spec.id, status)
@@ -164,6 +179,8 @@ def _set_up_torch(spec: RunSpec) -> None:
 
     torch.set_num_threads(spec.hardware.threads)
     torch.use_deterministic_algorithms(spec.hardware.device == "cpu")
+    # filling memory before its use takes 5 % of a small step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _device_name(device: str) -> str:

@@ -303,6 +303,12 @@ def test_records_of_an_earlier_config_are_left_out() -> None:
     assert verdict([*later, *new]).outcome == "contradicted"  # without a plan, the last that finished counts
 
 
+def test_a_planned_run_counts_for_every_label_of_the_plan_also_for_those_that_its_record_does_not_have() -> None:
+    found = records(CLEAR)
+    planned = [Planned(r.id, r.program, (*r.labels, r.labels[0].replace("size", "width")), "DONE") for r in found]
+    assert verdict(found, planned=planned, ablation="width").outcome == "reproduced"
+
+
 @given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=3, max_size=6))
 def test_swapping_the_arms_swaps_the_verdict(pairs: list[tuple[float, float]]) -> None:
     found = records({"big": [a for a, _ in pairs], "small": [b for _, b in pairs]})

@@ -69,3 +69,14 @@ def test_one_arm_of_an_ablation_is_a_target_and_its_runs_are_those_of_the_ablati
     assert {label for spec in one for label in spec.labels} == {"thoughts/thoughts/s0"}
     with pytest.raises(ValueError, match=r"quietstar/thoughts/thought: no such arm; did you mean 'thoughts'\?"):
         plan(["quietstar/thoughts/thought"], SMOKE)
+
+
+@pytest.mark.parametrize("sweep", ["hardware=cpu,gpu1", "hardware.threads=1,2", "tracking.log_every=range(1,3)"])
+def test_a_sweep_over_where_runs_happen_is_refused_since_its_runs_are_the_same_ones(sweep: str) -> None:
+    with pytest.raises(ValueError, match=r"=\w+: one of several values, and a run is the same one under each"):
+        plan(["quietstar/main"], [*SMOKE, sweep])
+
+
+def test_a_target_may_end_with_a_slash() -> None:
+    for target in ("quietstar/main", "quietstar/thoughts", "quietstar/thoughts/none"):
+        assert plan([f"{target}/"], SMOKE) == plan([target], SMOKE)

@@ -114,3 +114,15 @@ def test_a_log_with_a_damaged_line_is_refused_by_its_number_and_a_torn_end_is_cu
     file.write_bytes(b'{"step": 1, "loss": 2.0}\n\x00\x00\xff\n{"step": 3, "loss": 1.0}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is damaged; delete it"):
         tracker.resume(3)
+
+
+def test_the_seconds_of_a_run_are_those_of_all_processes_that_carried_it_out(home: Path) -> None:
+    spec = plan(["quietstar/main"], [*TINY, "seed=0"])[0]
+    run = Store(home).run(spec.id)
+    run.freeze(spec, command="test")
+    assert Tracker(run, spec).seconds < 60
+    run.progress(step=1, total=3, seconds_left=None, seconds=3600.0)
+    second = Tracker(run, spec)
+    assert 3600 <= second.seconds < 3660
+    second.progress(2, 3, seconds_left=None)
+    assert 3600 <= Tracker(run, spec).seconds < 3660

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retrace.core.checkpoint import model_tensors
-from retrace.core.context import Context, Stopped
+from retrace.core.context import Context, Diverged, Stopped
 from retrace.core.cost import Cost, Memory
 from retrace.core.optim import Optim, Precision
 from retrace.core.plan import plan
 from retrace.core.precision import bf16_copy, cast_parameters
 from retrace.core.store import RunDir
 from retrace.core.tracking import Tracker
-from retrace.core.train import Batch, Group, fit
+from retrace.core.train import WEIGHT, Batch, Group, fit
 
 PRECISIONS: list[Precision] = ["fp32", "fp32_master", "pure_bf16"]
 COST = Cost(tokens=1, flops=1.0, memory=Memory(1, 1, "fp32", 0.0, 0.0))
@@ -79,6 +80,57 @@ def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not(precision: Precision
     for name, tensor in model_tensors(undisturbed).items():
         assert tensor.dtype == expected
         assert torch.equal(model_tensors(resumed)[name], tensor), name
+
+
+def label_loss(model: nn.Module, batch: Batch, _: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """A mean over labels, of which row r has r % 4: some micro-batches of one row have none."""
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    rows, column = batch["input_ids"][:, 1] % 4, torch.arange(8)
+    learned = column < rows[:, None]
+    each = nn.functional.cross_entropy(logits[learned], batch["input_ids"][learned], reduction="sum")
+    return each / learned.sum().clamp(min=1), {"loss/text": each.detach() / learned.sum(), WEIGHT: learned.sum()}
+
+
+def test_a_loss_that_weighs_its_micro_batches_trains_alike_whatever_their_size(tmp_path: Path) -> None:
+    found = {}
+    for size in (1, 2, 4):
+        model = llama()
+        metrics = train(model, context(tmp_path / f"{size}"), optim("fp32", micro_batch_size=size), label_loss)
+        found[size] = metrics, torch.cat([p.detach().flatten() for p in model.parameters()])
+    for size in (1, 2):
+        torch.testing.assert_close(found[size][1], found[4][1], rtol=0, atol=1e-5)
+        assert found[size][0] == pytest.approx(found[4][0], rel=1e-4)
+    assert WEIGHT not in found[1][0]
+
+
+def test_equal_weights_are_as_none(tmp_path: Path) -> None:
+    def weighed(model: nn.Module, batch: Batch, noise: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return next_token_loss(model, batch, noise)[0], {WEIGHT: torch.tensor(4)}
+
+    plain, equal = llama(), llama()
+    assert train(plain, context(tmp_path / "a"), optim("fp32")) == pytest.approx(
+        train(equal, context(tmp_path / "b"), optim("fp32"), weighed)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), equal.parameters(), strict=True))
+
+
+def test_a_run_that_diverges_after_it_was_stopped_took_the_seconds_of_both_processes(tmp_path: Path) -> None:
+    ctx = context(tmp_path)
+
+    def slow(*arguments: object) -> tuple[Tensor, Mapping[str, Tensor]]:
+        time.sleep(0.3)
+        ctx.stop.set()
+        return next_token_loss(*arguments)  # type: ignore[arg-type]
+
+    def broken(*arguments: object) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return next_token_loss(*arguments)[0] * torch.nan, {}  # type: ignore[arg-type]
+
+    with pytest.raises(Stopped):
+        train(llama(), ctx, optim("fp32"), slow)
+    ctx = context(tmp_path)
+    with pytest.raises(Diverged):
+        train(llama(), ctx, optim("fp32"), broken)
+    assert ctx.cost["seconds"] > 0.3
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -233,7 +233,7 @@ def test_more_broken_images_than_the_stated_share_are_refused(root: Path) -> Non
     pictures = [
         part for _, draft in itertools.islice(own.drafts(), 60) for part in draft.parts if isinstance(part, Picture)
     ]
-    with pytest.raises(ValueError, match=r"6 of \d+ images can't be read, more than max_bad_share=0.05; the last is "):
+    with pytest.raises(ValueError, match=r"4 of \d+ images can't be read, more than max_bad_share=0.05; the last is "):
         own.load(pictures, image_size=6)
 
 

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from retrace.papers.mm1.mixture import Draws, Mixture
 from retrace.papers.mm1.packing import Draft, Picture, Window, collate, fill
 from retrace.papers.mm1.pairs import Pairs
 from retrace.papers.mm1.rows import IGNORED, Document, PackedBatch, Piece
-from retrace.papers.mm1.stream import Ahead, Stream
+from retrace.papers.mm1.stream import Ahead, Stream, together
 from retrace.papers.mm1.world import IMAGE, PAD, WorldConfig, vocabulary
 
 torch.set_num_threads(1)
@@ -34,9 +35,10 @@ def window(seq_len: int, image_tokens: int = 4, max_images: int = 3) -> Window:
     return Window(seq_len, image_tokens, max_images, pad_id=0, image_id=9)
 
 
-def stream(*, marks: Path | None = None, seed: int = 0) -> Stream:
+def stream(*, marks: Path | None = None, write: bool = True, seed: int = 0) -> Stream:
     sources = {kind: ProceduralSource(WORLD, kind, seed) for kind in WEIGHTS}  # type: ignore[arg-type]
-    return Stream(Mixture(weights=WEIGHTS), sources, window=WINDOW, image_size=8, seed=seed, marks=marks)
+    files: dict[str, Any] = {"marks": marks, "write": write}
+    return Stream(Mixture(weights=WEIGHTS), sources, window=WINDOW, image_size=8, seed=seed, **files)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -126,10 +128,10 @@ def test_the_mixture_is_exact_in_expectation_and_numbers_the_rows_of_each_source
 
 def test_a_row_holds_one_source_and_is_nearly_full() -> None:
     rows = stream()
-    batch = rows(range(300))
+    batch = rows(range(1000))
     assert (batch["document_ids_BL"] > 0).float().mean() >= 0.95
     assert len(batch["images_M3RR"]) * 4 == (batch["input_ids_BL"] == WINDOW.image_id).sum()
-    for documents in rows.documents(range(300)):
+    for documents in rows.documents(range(1000)):
         assert len({document.source for document in documents}) == 1
 
 
@@ -174,6 +176,23 @@ def test_marks_spare_reading_from_the_start(tmp_path: Path) -> None:
     resumed(range(990, 1000))
     assert min(read) > 500
     assert len(read) == max(read) - min(read) + 1
+
+
+def test_of_several_processes_one_writes_the_marks_and_all_resume_by_them(tmp_path: Path) -> None:
+    stream(marks=tmp_path / "marks", write=False)(range(1000))
+    assert not (tmp_path / "marks").exists()
+    stream(marks=tmp_path / "marks")(range(1000))
+    written = {file.name: file.read_text() for file in (tmp_path / "marks").iterdir()}
+    other = stream(marks=tmp_path / "marks", write=False)
+    assert max(other.readers["caption"]._starts) > 100
+    other(range(1000, 1600))
+    assert written == {file.name: file.read_text() for file in (tmp_path / "marks").iterdir()}
+
+
+def test_the_notes_of_several_processes_are_those_of_one() -> None:
+    own = {"data/a/rows": 9, "data/a/too_long": 2, "data/a/images": 5, "data/a/left_out": 1, "data/from_row": 0}
+    other = own | {"data/a/images": 7, "data/a/left_out": 0, "data/from_row": 4}
+    assert together([own, other]) == own | {"data/a/images": 12}
 
 
 def test_a_document_that_is_too_long_is_cut_counted_and_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -104,11 +104,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return home, carry_out(specs, home)
 
 
+def optims(config: Any) -> Any:
+    """The optimizer settings of a training's config: those of the part that is trained."""
+    return next(config[part]["optim"] for part in ("finetune", "pretrain", "encoder", "decoder") if part in config)
+
+
 def test_a_chain_runs_and_says_what_it_read(finished: tuple[Path, dict[str, Record]]) -> None:
     _, records = finished
     assert list(records) == ["pretrain_encoder", "pretrain_decoder", "pretrain", "finetune", "evaluate"]
-    read = records["pretrain"].provenance["data"]
-    assert sum(count for name, count in read.items() if name.endswith("/rows")) == 8
+    for program in ("pretrain_encoder", "pretrain_decoder", "pretrain", "finetune"):
+        read, optim = records[program].provenance["data"], optims(records[program].config)
+        rows = optim["steps"] * optim["batch_size"]
+        assert sum(count for name, count in read.items() if name.endswith("/rows")) == rows
+        assert {"too_long", "left_out"} <= {name.rpartition("/")[2] for name in read}
     metrics = records["evaluate"].metrics
     assert metrics["ask_color_0/acc"] >= 0
     assert metrics["grounded/digits"] in (0.0, 1.0)

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from retrace.papers.mm1.choices import PARTS_BLOCK
 from retrace.papers.mm1.documents import CAPTION, TEXT_FAMILIES, build_tokenizer, draft, encode
 from retrace.papers.mm1.images import draw
 from retrace.papers.mm1.packing import Draft, Picture
-from retrace.papers.mm1.parts import BLOCK, DIGIT_BLOCKS, VARIED, PartsSource
+from retrace.papers.mm1.pairs import Pairs
+from retrace.papers.mm1.parts import DIGIT_BLOCKS, VARIED, PartsSource
 from retrace.papers.mm1.rows import Piece
 from retrace.papers.mm1.world import (
     ATTRIBUTES,
@@ -133,9 +135,9 @@ def test_captions_are_noisy_as_often_as_asked_and_synthetic_ones_never() -> None
 
 
 def blocks_in_parts(first: int, count: int) -> list[list[tuple[Scene, str]]]:
-    documents = itertools.islice(PartsSource(WORLD, "synthetic", 0).drafts((first * BLOCK,)), count * BLOCK)
+    documents = itertools.islice(PartsSource(WORLD, "synthetic", 0).drafts((first * PARTS_BLOCK,)), count * PARTS_BLOCK)
     said = [(shown(d)[0], words(d).removeprefix("<image> ")) for _, d in documents]
-    return [said[start : start + BLOCK] for start in range(0, len(said), BLOCK)]
+    return [said[start : start + PARTS_BLOCK] for start in range(0, len(said), PARTS_BLOCK)]
 
 
 def test_the_first_blocks_of_captions_in_parts_name_digits_alone() -> None:
@@ -153,6 +155,19 @@ def test_later_blocks_name_all_of_images_that_differ_in_one_part() -> None:
         values = zip(*((scene.color, scene.shape, *scene.digits) for scene, _ in block), strict=True)
         found.add(tuple(place for place, column in enumerate(values) if len(set(column)) > 1))
     assert found == set(VARIED)
+
+
+@pytest.mark.parametrize("size", [PARTS_BLOCK, PARTS_BLOCK // 4])
+def test_a_batch_of_captions_in_parts_holds_images_of_one_block_alone(size: int) -> None:
+    tokenizer = build_tokenizer()
+    pairs = Pairs(
+        PartsSource(WORLD, "synthetic", 0), max_tokens=12, image_size=12, pad_id=0, image_id=4, seed=0, marks=None
+    )
+    for batch in range(DIGIT_BLOCKS * PARTS_BLOCK // size, DIGIT_BLOCKS * PARTS_BLOCK // size + 6):
+        ids = pairs(range(batch * size, (batch + 1) * size))["input_ids_BT"].tolist()
+        captions = [tokenizer.decode(row[1:7]).split(" ") for row in ids]
+        varied = tuple(place for place, column in enumerate(zip(*captions, strict=True)) if len(set(column)) > 1)
+        assert varied in VARIED
 
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES)

@@ -45,3 +45,11 @@ def read_json(path: Path) -> Any | None:
         return None
     except ValueError as error:  # of JSON, or of text that is no UTF-8
         raise ValueError(f"{path}: not readable as JSON ({error}); delete it and run again") from None
+
+
+def try_json(path: Path) -> Any | None:
+    """The file's content, or None where there is no such file or it is broken: for what can be done without."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return None

@@ -152,7 +152,10 @@ def unfinished(specs: Sequence[RunSpec], *, store: Store, summary: Summary) -> d
     waiting = {spec.id: spec for spec in specs if not states[spec.id].finished}
     for spec in specs:
         if states[spec.id].finished:
-            store.keep_record(spec)
+            try:
+                store.keep_record(spec)
+            except (FileNotFoundError, ValueError) as error:
+                summary.failed[spec.id] = f"it is finished and its record is gone ({error}): delete runs/{spec.id}"
         if states[spec.id].status == "DIVERGED":
             summary.diverged.append(spec.id)
             _skip_children(spec.id, waiting, summary, diverged=True)

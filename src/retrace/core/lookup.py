@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from retrace.core.files import read_json
+from retrace.core.files import read_json, try_json
 from retrace.core.store import RunDir, Store
 
 
@@ -51,8 +51,9 @@ def find_run(word: str, *, paper: str, program: str, store: Store) -> FoundRun |
 
 def _runs(store: Store) -> Iterator[FoundRun]:
     for path in sorted(store.runs.glob("*/config.json")):
-        tree = read_json(path)
-        assert tree is not None  # it was listed
+        tree = try_json(path)
+        if tree is None:
+            continue  # a broken one hides no other run
         record = read_json(store.record_path(tree["paper"], path.parent.name)) or {}
         yield FoundRun(
             run=RunDir(path.parent),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -13,6 +14,7 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     broadcast,
+    gather_object,
 )
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -20,6 +22,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from retrace.core.config import Hardware
 from retrace.core.optim import Precision
 from retrace.core.precision import bf16_copy
+
+T = TypeVar("T")
 
 
 def make_accelerator(hardware: Hardware, *, model: nn.Module, precision: Precision) -> Accelerator:
@@ -103,6 +107,12 @@ def any_process(accelerator: Accelerator, *wishes: bool) -> list[bool]:
         return list(wishes)
     flags = torch.tensor([float(wish) for wish in wishes], device=accelerator.device)
     return [count > 0 for count in accelerator.reduce(flags, "sum").tolist()]
+
+
+def from_all(found: T) -> list[T]:
+    """Every process's, in order of rank, for all; each must call it, behind `make_accelerator`."""
+    gathered: list[T] = gather_object([found])
+    return gathered
 
 
 def from_main(accelerator: Accelerator, number: int) -> int:

@@ -25,7 +25,8 @@ from retrace.core.identity import run_id
 from retrace.core.paper import Paper, Stage, load_paper
 from retrace.core.safety import refuse_secrets
 
-_PLACEMENT_KEYS = ("scale", "hardware", "tracking")  # say where a run happens, not which experiment it is
+_NOT_SWEPT = ("hardware", "tracking")  # say where a run happens
+_PLACEMENT_KEYS = ("scale", *_NOT_SWEPT)  # stand in no label
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=60)]  # a part of labels; W&B takes 64
@@ -87,7 +88,9 @@ def resolve(target: str) -> list[Ablation]:
     if name == "main" and not arm:
         seed = compose(slug, [])["seed"]
         arms: dict[str, tuple[str, ...]] = {"main": ()}
-        return [Ablation(name="main", question="", locus="", base=target, seeds=(seed,), baseline="main", arms=arms)]
+        return [
+            Ablation(name="main", question="", locus="", base=f"{slug}/main", seeds=(seed,), baseline="main", arms=arms)
+        ]
     ablations = load_ablations(slug)
     if not name:
         return list(ablations.values())
@@ -128,6 +131,7 @@ def plan(targets: Sequence[str], overrides: Sequence[str] = (), *, check: bool =
     Raises ValueError before anything is spent.
     """
     sweep = expand_sweep(overrides)
+    _one_place(sweep)
     specs: dict[str, RunSpec] = {}
     for target in targets:
         slug, name, _ = _parts(target)
@@ -150,6 +154,17 @@ def plan(targets: Sequence[str], overrides: Sequence[str] = (), *, check: bool =
             f"{' '.join(targets)}: nothing to run: {' '.join(overrides)} is asked by none of the ablations"
         )
     return list(specs.values())
+
+
+def _one_place(sweep: Sequence[tuple[str, ...]]) -> None:
+    """Refuse a sweep over what only says where a run happens: one run would stand for all its values, with the last."""
+    placed = (text for chosen in sweep for text in chosen if override_key(text).split(".")[0] in _NOT_SWEPT)
+    for text in dict.fromkeys(placed):
+        if any(text not in chosen for chosen in sweep):
+            raise ValueError(
+                f"{text}: one of several values, and a run is the same one under each: give {override_key(text)} one "
+                "value, and sweep over what changes numbers"
+            )
 
 
 def _arms(ablation: Ablation, sweep: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, int, list[str]]]:

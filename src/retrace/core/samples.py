@@ -3,10 +3,10 @@
 A label "<ablation>/<arm>/s<seed>" stands on every record of a chain (base model, training, evaluation). The records of
 a chain are read as one: a metric belongs to the last program that has it anywhere in the ablation, and of several runs
 of a program in a chain to the last, so the loss of a base model never stands in for that of a training that is still
-missing. Only DONE runs have metrics. A run that
-diverged is a result and not a gap: every chain has the metric `diverged`, 1.0 as soon as one of its runs diverged, 0.0
-once all of them are done, and missing before that. A diverged run that another one of the chain has made use of, or
-will, does not count: such as one of several learning rates of which the best is chosen.
+missing. Only DONE runs have metrics. A run that diverged is a result and not a gap: every chain has the metric
+`diverged`, 1.0 as soon as one of its runs diverged, 0.0 once all of them are done, and missing before that. A diverged
+run that another one of the chain has made use of, or will, does not count: such as one of several learning rates of
+which the best is chosen.
 """
 
 from __future__ import annotations
@@ -134,12 +134,13 @@ class Samples:
     def _group(self) -> dict[str, dict[str, Record]]:
         """label -> id -> the records that count; for labels that are not planned, one of each program."""
         wanted: dict[str, set[str]] = {}
+        asked = {run.id: run.labels for run in self.planned}  # a record may be older than what else asks for its run
         for run in self.planned:
             for label in run.labels:
                 wanted.setdefault(label, set()).add(run.id)
         groups: dict[str, dict[str, Record]] = {}
         for record in sorted(self._by_id.values(), key=lambda r: (str(r.provenance.get("finished", "")), r.id)):
-            for label in record.labels:
+            for label in dict.fromkeys((*record.labels, *asked.get(record.id, ()))):
                 if label not in wanted:
                     groups.setdefault(label, {})[record.program] = record
                 elif record.id in wanted[label]:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from retrace.core import squeue
 from retrace.core.cost import makespan
-from retrace.core.files import read_json
+from retrace.core.discovery import papers
 from retrace.core.plan import RunSpec, plan
 from retrace.core.planview import expected_seconds, shown
 from retrace.core.store import Store
@@ -58,7 +58,8 @@ def watch(specs: Sequence[RunSpec] | None, *, store: Store, console: Console, ev
 
 def look(specs: Sequence[RunSpec] | None, *, store: Store) -> Status:
     """Everything that disk and queue say at this moment."""
-    labels = {spec.id: spec.labels[0] for spec in specs} if specs is not None else store.labels()
+    asked = store.labels() if specs is None else {spec.id: spec.labels for spec in specs}
+    labels = {run_id: next(iter(labels), "") for run_id, labels in asked.items()}
     jobs = squeue.queue()
     counts: dict[str, int] = {}
     lines: dict[str, str] = {}
@@ -102,20 +103,27 @@ def _eta(specs: Sequence[RunSpec] | None, left: Mapping[str, float | None], *, s
 def named_runs(words: Sequence[str], *, store: Store) -> dict[str, str]:
     """Runs that a command line names, by id, with a label each: targets with overrides, ids or starts of ids, labels.
 
-    Raises ValueError for a word that names nothing.
+    A word that begins with a paper's name and a slash, or is one, is a target: its overrides choose among its runs.
+    Raises ValueError for a word that names nothing, and for overrides without a target that they could be of.
     """
     overrides = [word for word in words if "=" in word]
-    known = {
-        path.parent.name: (read_json(path) or {}).get("labels", []) for path in sorted(store.runs.glob("*/config.json"))
-    }
-    found: dict[str, str] = {}
-    for word in words:
-        if word in overrides:
-            continue
-        named = {i: next(iter(labels), "") for i, labels in known.items() if i.startswith(word) or word in labels}
-        found |= named or {spec.id: spec.labels[0] for spec in plan([word], overrides)}
-    if not found:
+    names = [word for word in words if word not in overrides]
+    if not names:
         raise ValueError("no run named: give ids of runs, labels as `retrace status` shows them, or targets")
+    targets = [word for word in names if word.split("/")[0] in papers()]
+    if overrides and not targets:
+        raise ValueError(
+            f"{' '.join(overrides)}: chooses among the runs of a target, and {names[0]} is none: leave it out"
+        )
+    known = store.labels()
+    found: dict[str, str] = {}
+    for word in names:
+        named = {
+            run_id: next(iter(labels), "")
+            for run_id, labels in known.items()  # an id's start has a dash: "m" alone would be every run of a paper
+            if word not in targets and (("-" in word and run_id.startswith(word)) or word in labels)
+        }
+        found |= named or {spec.id: spec.labels[0] for spec in plan([word], overrides)}
     return found
 
 

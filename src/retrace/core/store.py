@@ -3,7 +3,7 @@
     runs/<id>/config.json      the frozen run, all that a worker reads
               slurm.json       the jobs that were to run it, the last one last
               lease.json       who is running it now, with a heartbeat
-              progress.json    step, total, seconds left
+              progress.json    step, total, seconds left and taken
               metrics.jsonl    one line for each logged step
               checkpoints/     core/checkpoint.py
               model/ tasks/    what a program leaves behind
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from retrace.core.config import HOME, Hardware, Tracking, validate
-from retrace.core.files import read_json, sync_folder, write_atomic, write_json
+from retrace.core.files import read_json, sync_folder, try_json, write_atomic, write_json
 from retrace.core.identity import science
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
@@ -70,21 +70,20 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.id = path.name
+        self.lost = threading.Event()  # another host has taken the lease that this process holds
 
     def freeze(self, spec: RunSpec, *, command: str) -> None:
-        """Write config.json; a run that is already frozen only has its placement and labels renewed."""
+        """Write config.json; a run that is already frozen has its placement renewed, and gains labels."""
         assert spec.id == self.id
+        frozen = try_json(self.path / "config.json") or {}  # a broken one is written anew
         tree = {name: getattr(spec, name) for name in ("id", "paper", "program", "recipe", "scale", "seed")}
-        tree |= {"config": science(spec.config), "parents": dict(spec.parents), "labels": list(spec.labels)}
+        tree |= {"config": science(spec.config), "parents": dict(spec.parents)}
         tree |= {
+            "labels": list(dict.fromkeys((*frozen.get("labels", ()), *spec.labels))),
             "hardware": spec.hardware.model_dump(mode="json"),
             "tracking": spec.tracking.model_dump(),
             "command": command,
         }
-        try:
-            frozen = read_json(self.path / "config.json")
-        except ValueError:
-            frozen = None  # torn by a full disk or a power cut: written anew
         if frozen != tree:
             write_json(self.path / "config.json", tree)
 
@@ -103,11 +102,11 @@ class RunDir:
         return RunSpec(**tree), command
 
     def state(self) -> State:
+        progress = try_json(self.path / "progress.json") or {}  # never fsynced: a power cut may leave it empty
         try:
-            progress = read_json(self.path / "progress.json") or {}
-        except ValueError:
-            progress = {}  # never fsynced, so a power cut may leave it empty; it is a courtesy and not a fact
-        result = read_json(self.path / "result.json") or {"status": "PLANNED"}
+            result = read_json(self.path / "result.json") or {"status": "PLANNED"}
+        except ValueError as error:  # one run's trouble, which is told in its line; it is run again
+            result = {"status": "FAILED", "reason": str(error)}
         status, reason = result["status"], result.get("reason", "")
         if status in ("PLANNED", "FAILED") and self._holder():
             status, reason = "RUNNING", ""
@@ -116,10 +115,16 @@ class RunDir:
     def page_path(self, name: str) -> Path:
         return self.path / "pages" / f"{name}.html"
 
-    def progress(self, *, step: int, total: int, seconds_left: float | None) -> None:
-        """Say how far the run is; no fsync, since the next one follows soon."""
+    def spent(self) -> float:
+        """Seconds that the run had taken when it last said how far it was, over all processes that carried it out."""
+        return float((try_json(self.path / "progress.json") or {}).get("seconds", 0.0))
+
+    def progress(self, *, step: int, total: int, seconds_left: float | None, seconds: float) -> None:
+        """Say how far the run is; no fsync, since the next one follows soon. Raises `Busy` where the lease is lost."""
+        self.check_lease()
         temporary = self.path / ".progress.json"
-        temporary.write_text(json.dumps({"step": step, "total": total, "seconds_left": seconds_left}))
+        content = {"step": step, "total": total, "seconds_left": seconds_left, "seconds": seconds}
+        temporary.write_text(json.dumps(content))
         os.replace(temporary, self.path / "progress.json")
 
     def clear(self) -> None:
@@ -173,8 +178,10 @@ class RunDir:
 
         def beat() -> None:
             while not stop.wait(HEARTBEAT_SECONDS):
-                if _owner(path) == owner:  # else another host has taken a lease that it believed dead
-                    os.utime(path)
+                if try_json(path) != owner:  # a host for which this one was dead, as one that sleeps or loses its disk
+                    self.lost.set()
+                    return
+                os.utime(path)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -183,12 +190,19 @@ class RunDir:
         finally:
             stop.set()
             thread.join()
-            if _owner(path) == owner:
+            if try_json(path) == owner:
                 path.unlink(missing_ok=True)
+
+    def check_lease(self) -> None:
+        """Raises `Busy` where the lease is lost: what is written now would fall among the files of another process."""
+        if self.lost.is_set():
+            raise Busy(
+                f"{self.id} was taken over by {self._holder() or 'another process'}, which took this one for dead"
+            )
 
     def _holder(self) -> str | None:
         """'host:pid' of a live owner, else None."""
-        owner = read_json(self.path / "lease.json")
+        owner = try_json(self.path / "lease.json")
         if owner is None:
             return None
         here = owner["host"] == socket.gethostname()
@@ -227,14 +241,6 @@ def _name(owner: Mapping[str, Any]) -> str:
     return f"{owner['host']}:{owner['pid']}"
 
 
-def _owner(path: Path) -> Any | None:
-    """Who holds a lease, or None where nobody does."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
 class Store:
     """All runs and all records under one home folder."""
 
@@ -246,10 +252,10 @@ class Store:
     def run(self, run_id: str) -> RunDir:
         return RunDir(self.runs / run_id)
 
-    def labels(self) -> dict[str, str]:
-        """Every run on disk, by id, with the first label that asked for it."""
-        found = {path.parent.name: read_json(path) for path in sorted(self.runs.glob("*/config.json"))}
-        return {run_id: next(iter((tree or {}).get("labels", [])), "") for run_id, tree in found.items()}
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """Every run on disk, by id, with the labels that asked for it; none for a config that can't be read."""
+        paths = sorted(self.runs.glob("*/config.json"))
+        return {path.parent.name: tuple((try_json(path) or {}).get("labels", ())) for path in paths}
 
     def record_path(self, paper: str, run_id: str) -> Path:
         return self.results / paper / "records" / f"{run_id}.json"

@@ -20,16 +20,18 @@ def submit(specs: Sequence[RunSpec], *, command: str, allow_dirty: bool, console
 
     summary = Slurm(Store(), command=command, allow_dirty=allow_dirty).run(specs)
     jobs = list(dict.fromkeys(summary.queued.values()))
-    finished = len(specs) - len(summary.queued) - len(summary.skipped)
+    finished = len(specs) - len(summary.queued) - len(summary.skipped) - len(summary.failed)
     counts = f"{len(specs)} runs: {finished} finished before, {len(summary.queued)} in the queue"
     counts += (
         f" as {len(jobs)} jobs, {jobs[0]} to {jobs[-1]}" if len(jobs) > 1 else f" as job {jobs[0]}" if jobs else ""
     )
     counts += f", {len(summary.skipped)} not tried because they build on diverged ones" if summary.skipped else ""
     console.print(counts, highlight=False, soft_wrap=True)
+    for run_id, reason in summary.failed.items():
+        console.print(f"  {run_id}: {reason}", highlight=False, markup=False, soft_wrap=True)
     if jobs:
         console.print("follow them with `retrace status --watch`, stop them with `retrace cancel`", highlight=False)
-    return 1 if summary.skipped else 0
+    return 1 if summary.skipped or summary.failed else 0
 
 
 def sweep(specs: Sequence[RunSpec], *, command: str, console: Console) -> int:

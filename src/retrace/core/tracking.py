@@ -34,6 +34,12 @@ class Tracker:
         self._path = run.path / "metrics.jsonl"
         self._mirrors = _open_mirrors(run, spec) if main else []
         self._said = 0.0
+        self._began, self._before = time.monotonic(), run.spent()
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken, in this process and in those before it."""
+        return self._before + time.monotonic() - self._began
 
     def resume(self, step: int) -> None:
         """Forget lines after `step`: a killed run may have logged past its last checkpoint."""
@@ -56,7 +62,7 @@ class Tracker:
         now = time.monotonic()
         if self._main and (now - self._said > 0.5 or step == total):
             self._said = now
-            self.run.progress(step=step, total=total, seconds_left=seconds_left)
+            self.run.progress(step=step, total=total, seconds_left=seconds_left, seconds=self.seconds)
 
     def series(self) -> dict[str, tuple[tuple[int, float], ...]]:
         """Each logged metric as a curve of at most `MAX_POINTS` points."""

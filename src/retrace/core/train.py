@@ -26,6 +26,7 @@ from retrace.core.optim import Optim
 from retrace.core.precision import KEPT, cast_parameters
 
 Batch = Mapping[str, Tensor]
+WEIGHT = "weight"  # of a micro-batch among those of its update, such as its number of labels; see `fit`
 LossFunction = Callable[[nn.Module, Batch, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
 
 
@@ -53,6 +54,11 @@ def fit(
 
     `rows(range)` gives the batch of those rows of an infinite stream; `loss(model, batch, generator)` a scalar and
     0-d metrics, with all its randomness from the generator. `cost` is that of the whole run, for progress and MFU.
+
+    An update is along the mean gradient of its micro-batches, of all processes; where the loss gives a metric `WEIGHT`,
+    along their mean by weight. So a mean over a micro-batch's labels, weighed by their number, becomes that over all
+    labels of the update, however they are shared out. A micro-batch of weight 0 counts nothing, even if it is the only
+    one.
 
     Raises `Diverged` when the loss is not finite, `Stopped` (after a checkpoint) when the context asks to stop.
     """
@@ -104,15 +110,18 @@ def fit(
             torch.manual_seed(derive_seed(ctx.seed, "dropout", step, index))
             with parallel.micro_step(accelerator, model, precision=optim.precision, last=number == len(micro)):
                 value, seen = loss(model, batch, noise)
-                accelerator.backward(value / len(micro))
+                accelerator.backward(_weighed(value, seen, alone=len(micro) * world == 1) / len(micro))
             parts.append(_numbers({"loss/total": value, **seen}))
             del value, seen  # or what they were computed from would stay until the next ones are
         parallel.release(inner)
-        metrics = _means(parts if world == 1 else gather_object(parts))
+        parts = parts if world == 1 else gather_object(parts)
+        _by_weight(optimizer, parts)
+        metrics = _means(parts)
         if math.isfinite(metrics["loss/total"]):
             metrics |= _clip(optimizer, groups, optim)
         lost = [name for name, value in metrics.items() if not math.isfinite(value)]
         if lost:
+            ctx.cost["seconds"] = spent + time.monotonic() - began
             raise Diverged(step, last, what=lost[0])
         last = metrics
         optimizer.step()
@@ -173,10 +182,37 @@ def _numbers(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(tensors, values.tolist(), strict=True))
 
 
+def _weighed(value: Tensor, seen: Mapping[str, Tensor], *, alone: bool) -> Tensor:
+    """A micro-batch's loss times its weight; the weight of the only one cancels out, unless it is 0."""
+    if WEIGHT not in seen:
+        return value
+    return value * ((seen[WEIGHT] > 0) if alone else seen[WEIGHT])
+
+
+def _by_weight(optimizer: torch.optim.Optimizer, parts: Sequence[Mapping[str, float]]) -> None:
+    """From the mean over all micro-batches of gradient times weight to the mean by weight, in place."""
+    weights = [part[WEIGHT] for part in parts if WEIGHT in part]
+    if len(parts) > 1 and sum(weights) > 0:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, len(weights) / sum(weights))
+
+
 def _means(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of each metric over the micro-batches that have it, of all processes: one of padding alone has no rewards."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: fmean(part[name] for part in parts if name in part) for name in names}
+    """Of each metric over the micro-batches that have it, of all processes: one of padding alone has no rewards.
+
+    By weight where they have one; of those that all weigh 0 only the loss is known, which is 0.
+    """
+    if any(part.get(WEIGHT) == 0 for part in parts):
+        parts = [part for part in parts if part[WEIGHT] > 0]
+    if not parts:
+        return {"loss/total": 0.0}
+    weighed = WEIGHT in parts[0] and len(parts) > 1
+
+    def mean(name: str) -> float:
+        found = [part for part in parts if name in part]
+        return fmean((part[name] for part in found), [part[WEIGHT] for part in found] if weighed else None)
+
+    return {name: mean(name) for name in dict.fromkeys(n for part in parts for n in part if n != WEIGHT)}
 
 
 def _clip(optimizer: torch.optim.Optimizer, groups: Sequence[Group], optim: Optim) -> dict[str, float]:

@@ -72,11 +72,10 @@ class Tokens:
 
     @classmethod
     def of(cls, batch: PackedBatch) -> Tokens:
-        """Raises ValueError for a batch of padding alone."""
+        """Of padding alone, as where no document could be read, the first position: without a label, it is no loss."""
         length = batch.document_ids_BL.shape[1]
         kept_T = batch.document_ids_BL.flatten().nonzero()[:, 0]
-        if not len(kept_T):
-            raise ValueError("a batch of padding alone: give at least one document (document_ids are 0 everywhere)")
+        kept_T = kept_T if len(kept_T) else kept_T.new_zeros(1)  # other processes wait for a pass
         owner_T = batch.document_ids_BL.flatten()[kept_T] + (kept_T // length) * (length + 1)
         lengths = owner_T.unique_consecutive(return_counts=True)[1].tolist()
         texts = (batch.input_ids_BL, batch.position_ids_BL, batch.labels_BL)

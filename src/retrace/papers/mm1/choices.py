@@ -28,6 +28,9 @@ class TextTower(Frozen):
     image_pooling: ImagePooling
 
 
+PARTS_BLOCK = 64  # like images that follow each other where captions are "parts" (parts.py)
+
+
 class ScratchEncoder(Frozen):
     """An encoder that is pre-trained here, at the resolution of the experiment (Section 1.2)."""
 
@@ -43,6 +46,15 @@ class ScratchEncoder(Frozen):
     text_tower: TextTower
     optim: Optim  # a batch is images
     seed: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _batches_lie_in_blocks(self) -> Self:
+        if self.captions == "parts" and PARTS_BLOCK % self.optim.batch_size:
+            raise ValueError(
+                f"captions=parts with optim.batch_size={self.optim.batch_size}: images come in blocks of {PARTS_BLOCK} "
+                "that are alike, so choose a batch that divides it"
+            )
+        return self
 
     def vision(self, image_size: int) -> VisionShape:
         """Its sizes at a resolution."""

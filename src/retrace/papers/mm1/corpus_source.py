@@ -33,7 +33,8 @@ class CorpusSource:
         self._shards = config.shards()
         self._short: dict[str, int] = {}  # shard that ends early -> its rows
         self._why = "they are empty"
-        self._empty: set[tuple[int, int]] = set()  # (shard, row) without text
+        self._empty = 0  # documents without text
+        self._counted: tuple[int, ...] = ()  # the mark of the last of them, so that each is counted once
         self._photos = Photos(max_bad_share=config.max_bad_share)
         for what, count in config.notes().items():
             if count:
@@ -51,7 +52,7 @@ class CorpusSource:
                 for number, row in self._rows(order[place], start):
                     draft = self._draft(row, self._shards[order[place]].name)
                     if draft is None:
-                        self._note_empty(order[place], number)
+                        self._note_empty((epoch, place, number), self._shards[order[place]].name)
                         continue
                     found = True
                     yield (epoch, place, number), draft
@@ -114,10 +115,11 @@ class CorpusSource:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return [Piece(tuple(token for token in ids if token != self.image_id), learned=learned)]
 
-    def _note_empty(self, shard: int, row: int) -> None:
+    def _note_empty(self, mark: tuple[int, int, int], shard: str) -> None:
         if not self._empty:
-            log.warning("%s: row %d has no text: left out; others are only counted", self._shards[shard].name, row)
-        self._empty.add((shard, row))
+            log.warning("%s: row %d has no text: left out; others are only counted", shard, mark[2])
+        if mark > self._counted:
+            self._empty, self._counted = self._empty + 1, mark
 
     def load(self, pictures: Sequence[Picture], *, image_size: int) -> list[Tensor | None]:
         """Images (3, R, R); None for one that can't be read. Raises ValueError where too many can't be."""
@@ -127,7 +129,7 @@ class CorpusSource:
         """Counts of what was wrong with the data so far, in this process."""
         return {
             **self._photos.counts,
-            "without_text": len(self._empty),
+            "without_text": self._empty,
             "short_shards": len(self._short),
             **self.config.notes(),
         }

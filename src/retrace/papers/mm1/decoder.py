@@ -150,15 +150,17 @@ def load_decoder(
     vocab_size: int | None = None,
     revision: str = "main",
     dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Decoder:
     """A dense decoder from the hub or a folder; with `experts`, copies of its MLPs.
 
-    A `vocab_size` above its own makes room for new tokens, such as the image token. Raises ValueError for other models
-    and for one below it.
+    A `vocab_size` above its own makes room for new tokens, such as the image token; what is new, routers too, follows
+    from the seed, so that all processes begin alike. Raises ValueError for other models and for one below it.
     """
     found = load_pretrained(AutoConfig, name, revision=revision).model_type
     if found not in FAMILIES:
         raise ValueError(f"{name}: a model of type {found}: expected one of {', '.join(FAMILIES)}")
+    torch.manual_seed(derive_seed(seed, "experts"))
     trunk = load_pretrained(AutoModelForCausalLM, name, revision=revision, dtype=dtype, use_safetensors=True)
     if vocab_size is not None and vocab_size < trunk.config.vocab_size:
         raise ValueError(f"vocab_size={vocab_size}: {name} has {trunk.config.vocab_size} tokens already")

@@ -1,8 +1,9 @@
 """Procedural documents for the parts' own pre-training: captions in blocks of like images, words without images.
 
 Where images of a batch differ in everything, contrastive pre-training learns what tells most of them apart, color and
-shape, and has no reason to read digits. So images come in blocks of a batch. The first blocks have captions of digits
-alone; in later ones images share all but one part of what they show, and the caption, whole again, is told by it.
+shape, and has no reason to read digits. So images come in blocks, and a batch lies in one. The first blocks have
+captions of digits alone; in later ones images share all but one part of what they show, and the caption, whole again,
+is told by it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from retrace.papers.mm1.choices import PARTS_BLOCK
 from retrace.papers.mm1.documents import ProceduralSource, encode
 from retrace.papers.mm1.packing import Draft, Picture
 from retrace.papers.mm1.rows import Piece
 from retrace.papers.mm1.world import Scene, draw_scene
 
-BLOCK = 64  # images: a batch of the laptop scale
 DIGIT_BLOCKS = 300  # at the start, until digits are read; with color in the captions they are not, in 1000 steps
 SCENE = (0, 1)  # places in a caption; a pair of color and shape stays one that is trained on
 VARIED = (SCENE, (2, 3), (4, 5))  # what a later block's images differ in
@@ -30,7 +31,7 @@ class PartsSource(ProceduralSource):
         """As those of the whole captions, with the same marks."""
         for (index,), made in super().drafts(mark):
             (picture,) = (part for part in made.parts if isinstance(part, Picture))
-            scene, said = self._in_block(picture.what, index // BLOCK)
+            scene, said = self._in_block(picture.what, index // PARTS_BLOCK)
             yield (index,), Draft([made.parts[0], Picture(scene), encode(said), made.parts[-1]], made.source)
 
     def _in_block(self, scene: Scene, block: int) -> tuple[Scene, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,7 @@ from torch import Tensor
 
 from retrace.papers.mm1.packing import Picture
 
-LEAST_SEEN = 100  # images that `max_bad_share` is a share of at the least: one broken one of three is not a third
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, TypeError, Image.DecompressionBombError)
+MOST_KNOWN = 200_000  # files that are known again; of more the share is known by then
 log = logging.getLogger(__name__)
 
 
@@ -28,42 +28,65 @@ class Photos:
     def __init__(self, *, max_bad_share: float) -> None:
         self.max_bad_share = max_bad_share
         self.counts = {"images": 0, "unreadable": 0}
+        self._known: set[Any] = set()  # so that a file counts once towards the share, and not in every epoch
+        self._bad = self._seen = 0  # files
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count())
 
     def load(self, pictures: Sequence[Picture], *, image_size: int) -> list[Tensor | None]:
         """Images (3, R, R), resized to a square; None for one that can't be read.
 
-        Raises ValueError where more than `max_bad_share` of all images so far, and of a hundred, can't be.
+        Raises ValueError where more than `max_bad_share` of the files so far can't be, beyond what chance explains.
         """
         loaded: list[Tensor | None] = []
         for picture, result in zip(pictures, self._pool.map(lambda p: _try(p, image_size), pictures), strict=True):
             self.counts["images"] += 1
+            new = self._is_new(picture)
+            self._seen += new
             if isinstance(result, Exception):
+                self._bad += new
                 self._refuse(picture, result)
             loaded.append(None if isinstance(result, Exception) else result)
         return loaded
 
     def _refuse(self, picture: Picture, error: Exception) -> None:
         self.counts["unreadable"] += 1
-        bad, seen = self.counts["unreadable"], self.counts["images"]
+        bad, seen = self._bad, self._seen
         said = f"{_name(picture)}: {' '.join(str(error).split()) or type(error).__name__}"
-        if bad > self.max_bad_share * max(seen, LEAST_SEEN):
+        if bad > most_bad(seen, share=self.max_bad_share):
             raise ValueError(
                 f"{bad} of {seen} images can't be read, more than max_bad_share={self.max_bad_share:g}; "
                 f"the last is {said}: mend the data, or allow for more"
             ) from error
-        if bad == 1:
+        if self.counts["unreadable"] == 1:
             log.warning("%s: can't be read, so its document is left out; others are only counted", said)
+
+    def _is_new(self, picture: Picture) -> bool:
+        """Whether a file was not seen before; without a name or bytes it can't be known again."""
+        file, folder = picture.what
+        if isinstance(file, dict):
+            file = file.get("bytes") or file.get("path")
+        if file is None or len(self._known) >= MOST_KNOWN:
+            return True
+        before = len(self._known)
+        self._known.add(hash((str(folder), file)))
+        return len(self._known) > before
+
+
+def most_bad(seen: int, *, share: float) -> float:
+    """Bad ones among `seen` files that a true share of `share` explains: three standard deviations, and one file."""
+    return share * seen + 3 * math.sqrt(share * seen) + (share > 0)
 
 
 def load_image(file: Any, *, image_size: int) -> Tensor:
     """An image file (path, bytes, or a row's {"bytes", "path"}) as (3, R, R) in 0..1.
 
     Upright as its EXIF data says, in RGB, resized to a square without regard to its sides (Section 2.1; the policy is
-    not published), antialiased. Raises one of `UNREADABLE`.
+    not published), antialiased. Raises ValueError where there is no file, else whatever its decoder does.
     """
     if isinstance(file, dict):
-        file = file["bytes"] if file.get("bytes") is not None else file["path"]
+        file = file["bytes"] if file.get("bytes") is not None else file.get("path")
+    if file is None:
+        raise ValueError("no image")
     if isinstance(file, str) and file.startswith(("http:", "https:")):
         raise ValueError("a link and no image: fetch the images first")
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
@@ -78,7 +101,7 @@ def _try(picture: Picture, image_size: int) -> Tensor | Exception:
         return load_image(
             Path(folder) / file if isinstance(file, str) and "://" not in file else file, image_size=image_size
         )
-    except UNREADABLE as error:
+    except Exception as error:  # decoders of damaged files raise of all kinds
         return error
 
 

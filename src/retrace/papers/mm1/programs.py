@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrace.core import parallel
 from retrace.core.checkpoint import model_tensors, whole
 from retrace.core.context import Context
 from retrace.core.cost import Cost
 from retrace.core.data import derive_seed
 from retrace.core.optim import Optim
 from retrace.core.precision import KEPT
-from retrace.core.train import Batch, Group, fit
+from retrace.core.train import WEIGHT, Batch, Group, LossFunction, fit
 from retrace.papers.mm1 import cost
 from retrace.papers.mm1.choices import PretrainedDecoder, PretrainedEncoder, vocab_size
 from retrace.papers.mm1.config import Rows
@@ -34,7 +35,7 @@ from retrace.papers.mm1.program_configs import (
     TokenizerConfig,
 )
 from retrace.papers.mm1.reconstruction import ReconstructiveModel, sample_prefixes
-from retrace.papers.mm1.rows import PackedBatch
+from retrace.papers.mm1.rows import IGNORED, PackedBatch
 from retrace.papers.mm1.sources import (
     MARKS,
     TOKENIZER,
@@ -46,6 +47,7 @@ from retrace.papers.mm1.sources import (
     train_tokenizer,
     window_of,
 )
+from retrace.papers.mm1.stream import Stream, together
 
 MODEL = "model"
 
@@ -76,7 +78,8 @@ def pretrain_encoder(config: EncoderConfig, ctx: Context) -> dict[str, float]:
         pad_id=pad,
         image_id=image_id(tokenizer),
         seed=config.seed,
-        marks=ctx.run.path / MARKS if ctx.is_main else None,
+        marks=ctx.run.path / MARKS,
+        write=ctx.is_main,
     )
     model: nn.Module
     if settings.objective == "contrastive":
@@ -84,16 +87,6 @@ def pretrain_encoder(config: EncoderConfig, ctx: Context) -> dict[str, float]:
         model = ContrastiveModel(encoder, tower, vocab_size=len(tokenizer), seed=config.seed)
     else:
         model = ReconstructiveModel(encoder, seed=config.seed)
-
-    def loss(wrapped: nn.Module, batch: Batch, noise: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
-        images_M3RR = batch["images_B3RR"]
-        if settings.objective == "contrastive":
-            output = wrapped(images_M3RR, batch["input_ids_BT"], batch["attention_mask_BT"])
-        else:
-            prefixes_M = sample_prefixes(len(images_M3RR), encoder.grid**2, generator=noise)
-            output = wrapped(images_M3RR, prefixes_M)
-        return output.loss, output.metrics
-
     optim = settings.optim
     metrics = fit(
         model,
@@ -101,11 +94,26 @@ def pretrain_encoder(config: EncoderConfig, ctx: Context) -> dict[str, float]:
         optim=optim,
         groups=[_group("all", model, optim)],
         rows=ahead(pairs, ctx),
-        loss=loss,
+        loss=_encoder_loss(settings.objective, num_patches=encoder.grid**2),
         cost=cost.pretrain_encoder(config),
     )
     _save(encoder, ctx)
+    _note(pairs.stream, optim, ctx)
     return metrics
+
+
+def _encoder_loss(objective: str, *, num_patches: int) -> LossFunction:
+    """Weighed by the pairs that could be read."""
+
+    def loss(wrapped: nn.Module, batch: Batch, noise: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
+        images_M3RR = batch["images_B3RR"]
+        if objective == "contrastive":
+            output = wrapped(images_M3RR, batch["input_ids_BT"], batch["attention_mask_BT"])
+        else:
+            output = wrapped(images_M3RR, sample_prefixes(len(images_M3RR), num_patches, generator=noise))
+        return output.loss, {**output.metrics, WEIGHT: batch["real_B"].sum()}
+
+    return loss
 
 
 def pretrain_decoder(config: DecoderConfig, ctx: Context) -> dict[str, float]:
@@ -134,6 +142,7 @@ def pretrain_decoder(config: DecoderConfig, ctx: Context) -> dict[str, float]:
         cost=cost.pretrain_decoder(config),
     )
     _save(decoder, ctx)
+    _note(text, settings.optim, ctx)
     return metrics
 
 
@@ -158,7 +167,7 @@ def pretrain(config: PretrainConfig, ctx: Context) -> dict[str, float]:
     )
     masked = rows if settings.rows.mask == "documents" else _unmasked(rows)
     metrics = _fit_whole(model, masked, settings.optim, cost.pretrain(config), ctx, encoder_rate=settings.encoder_rate)
-    ctx.notes["data"] = rows.notes(settings.optim.steps * settings.optim.batch_size)
+    _note(rows, settings.optim, ctx)
     return metrics
 
 
@@ -183,6 +192,7 @@ def finetune(config: FinetuneConfig, ctx: Context) -> dict[str, float]:
     )
     masked = rows if settings.rows.mask == "documents" else _unmasked(rows)
     metrics = _fit_whole(model, masked, settings.optim, cost.finetune(config), ctx)
+    _note(rows, settings.optim, ctx)
     return {f"finetune/{name}": value for name, value in metrics.items()}
 
 
@@ -203,8 +213,14 @@ def _fit_whole(
 
 
 def _loss(wrapped: nn.Module, batch: Batch, _: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Weighed by labels, so that rows with many of them count as much in whatever micro-batch they stand."""
     output = wrapped(PackedBatch(**batch))
-    return output.loss, output.metrics
+    return output.loss, {**output.metrics, WEIGHT: (batch["labels_BL"] != IGNORED).sum()}
+
+
+def _note(rows: Stream, optim: Optim, ctx: Context) -> None:
+    """What was read, and what was wrong with it, into the run's record. All processes must call it together."""
+    ctx.notes["data"] = together(parallel.from_all(rows.notes(optim.steps * optim.batch_size)))
 
 
 def _unmasked(rows: Callable[[range], Mapping[str, Tensor]]) -> Callable[[range], Mapping[str, Tensor]]:
@@ -238,7 +254,8 @@ def _decoder(config: PretrainConfig, ctx: Context) -> Decoder:
     if isinstance(config.decoder, PretrainedDecoder):
         rows = vocab_size(config.data, config.decoder)
         chosen = config.decoder
-        read = load_decoder(chosen.place(), experts=experts, vocab_size=rows, revision=chosen.revision, dtype=dtype)
+        new: dict[str, Any] = {"experts": experts, "vocab_size": rows, "seed": config.seed}
+        read = load_decoder(chosen.place(), revision=chosen.revision, dtype=dtype, **new)
         _same_size("decoder.shape", chosen.name, read.hidden_size, chosen.shape.hidden_size)
         return read
     found = from_pretrained(ctx.parents["decoder"].path / MODEL, dtype=dtype)

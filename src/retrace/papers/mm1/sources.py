@@ -124,8 +124,8 @@ def stream(
     """The rows of a mixture."""
     split: Callable[..., Any] | None = partial(split_images, side=image_size // 2) if window.sub_images > 1 else None
     own: dict[str, Source] = {name: source(data, name, tokenizer, seed=seed, purpose=purpose) for name in mixture.used}
-    marks = ctx.run.path / MARKS if ctx.is_main else None
-    return Stream(mixture, own, window=window, image_size=image_size, seed=seed, marks=marks, split=split)
+    marks: dict[str, Any] = {"marks": ctx.run.path / MARKS, "write": ctx.is_main}
+    return Stream(mixture, own, window=window, image_size=image_size, seed=seed, split=split, **marks)
 
 
 def ahead(rows: BatchOf, ctx: Context) -> BatchOf:

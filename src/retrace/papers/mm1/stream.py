@@ -24,6 +24,7 @@ from retrace.papers.mm1.mixture import Draws, Mixture
 from retrace.papers.mm1.packing import Draft, Picture, Window, collate, fill
 from retrace.papers.mm1.rows import Document, Piece
 
+OWN = ("images", "unreadable", "left_out")  # counted where images are loaded; the rest alike in all processes
 BLOCK_ROWS = 128  # rows' worth of documents that are packed together; one row of a block may stay part empty
 Mark = tuple[int, ...]
 log = logging.getLogger(__name__)
@@ -49,12 +50,24 @@ class Reader:
     """The packed rows of one source, by number."""
 
     def __init__(
-        self, name: str, source: Source, window: Window, *, seed: int, marks: Path | None = None, in_order: bool = False
+        self,
+        name: str,
+        source: Source,
+        window: Window,
+        *,
+        seed: int,
+        marks: Path | None = None,
+        write: bool = True,
+        in_order: bool = False,
     ) -> None:
-        """`in_order`: a document a row, in the source's order, in the place of packing and shuffling."""
+        """`marks` is read; and added to with `write`, by one process of several.
+
+        `in_order`: a document a row, in the source's order, in the place of packing and shuffling.
+        """
         self.name, self.source, self.window, self.seed, self.file = name, source, window, seed, marks
-        self.in_order = in_order
-        self.too_long: set[Mark] = set()  # documents that did not fit into a row as a whole
+        self.write, self.in_order = write, in_order
+        self.too_long = 0  # documents that did not fit into a row as a whole
+        self._counted: Mark = ()  # the last of them, so that what is read twice is counted once
         self._marks = self._read_marks()
         self._starts = sorted(self._marks)
         self._rows: list[list[Draft]] = []  # of the block that was packed last
@@ -108,7 +121,8 @@ class Reader:
                 "(data/%s/too_long)", self.name, self.window.seq_len, self.window.max_images,
                 "cut into several" if self.window.too_long == "cut" else "trimmed", self.name,
             )  # fmt: skip
-        self.too_long.add(mark)
+        if mark > self._counted:
+            self.too_long, self._counted = self.too_long + 1, mark
 
     def _read_marks(self) -> dict[int, Mark]:
         """First row of a block -> its mark; lines that a killed run has torn are skipped."""
@@ -125,7 +139,7 @@ class Reader:
             return
         self._marks[first] = mark
         insort(self._starts, first)
-        if self.file is not None:
+        if self.file is not None and self.write:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps([first, mark]) + "\n")
@@ -143,10 +157,11 @@ class Stream:
         image_size: int,
         seed: int,
         marks: Path | None = None,
+        write: bool = True,
         split: Callable[[Sequence[Piece]], list[Piece]] | None = None,
         in_order: bool = False,
     ) -> None:
-        """`marks`: a folder of the run's own; `split` makes the sub-images of each image (`split_images`).
+        """`marks`: a folder of the run's own, which one process writes; `split`, as `split_images`, makes sub-images.
 
         `in_order`: a document a row, in the order of its source.
 
@@ -166,10 +181,13 @@ class Stream:
                 window,
                 seed=seed,
                 marks=marks / f"{name}.jsonl" if marks else None,
+                write=write,
                 in_order=in_order,
             )
             for name in mixture.used
         }
+        self._left_out: Counter[str] = Counter()  # documents of each source, for an image that can't be read
+        self._first: int | None = None  # of the rows that were asked for here
 
     def __call__(self, rows: range) -> dict[str, Tensor]:
         side = self.image_size if self.split is None else self.image_size // 2  # of what the encoder gets
@@ -177,6 +195,7 @@ class Stream:
 
     def documents(self, rows: range) -> list[list[Document]]:
         """The rows' documents with their images; one with an image that can't be read is left out, and counted."""
+        self._first = rows.start if self._first is None else min(self._first, rows.start)
         places = [self.draws.place(row) for row in rows]
         drafts = [self.readers[name].row(number) for name, number in places]
         loaded: dict[str, Iterator[Tensor | None]] = {}
@@ -187,24 +206,40 @@ class Stream:
             pictures = [part for part in parts if isinstance(part, Picture)]
             loaded[name] = iter(reader.source.load(pictures, image_size=self.image_size))
         return [
-            [document for draft in row if (document := self._realize(draft, loaded[name])) is not None]
+            [document for draft in row if (document := self._realize(name, draft, loaded[name])) is not None]
             for (name, _), row in zip(places, drafts, strict=True)
         ]
 
-    def _realize(self, draft: Draft, loaded: Iterator[Tensor | None]) -> Document | None:
+    def _realize(self, name: str, draft: Draft, loaded: Iterator[Tensor | None]) -> Document | None:
         """The draft with its images, or None where one of them is not there."""
         pieces = [Piece(image=next(loaded)) if isinstance(part, Picture) else part for part in draft.parts]
         if any(piece.image is None and not piece.token_ids for piece in pieces):
+            self._left_out[name] += 1
             return None
         return Document(pieces if self.split is None else self.split(pieces), draft.source)
 
     def notes(self, num_rows: int) -> dict[str, int]:
-        """For a run's record: rows by source among the first `num_rows`, and what was wrong with the data read here."""
-        counts = Counter({f"data/{name}/rows": count for name, count in self.draws.counts(num_rows).items()})
+        """For a run's record: rows by source among the first `num_rows`, and what was wrong with the data read here.
+
+        Read here is all from row `data/from_row` on: a resumed process has not seen what was before it.
+        """
+        counts = {f"data/{name}/rows": count for name, count in self.draws.counts(num_rows).items()}
         for name, reader in self.readers.items():
-            counts[f"data/{name}/too_long"] = len(reader.too_long)
+            counts[f"data/{name}/too_long"] = reader.too_long
+            counts[f"data/{name}/left_out"] = self._left_out[name]
             counts |= {f"data/{name}/{what}": count for what, count in reader.source.notes().items()}
-        return dict(counts)
+        return {**counts, "data/from_row": self._first or 0}
+
+
+def together(notes: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The notes of all processes as those of one: each has read every row, and loaded the images of its own."""
+
+    def joined(name: str) -> int:
+        values = [found[name] for found in notes]
+        kind = name.rpartition("/")[2]
+        return sum(values) if kind in OWN else min(values) if kind == "from_row" else max(values)
+
+    return {name: joined(name) for name in notes[0]}
 
 
 class Ahead:
