@@ -3,28 +3,32 @@
 Runs are frozen and the code is copied (core/snapshot.py) when they are submitted. They go as arrays, one for each depth
 of what builds on what, each waiting until the one before it has ended in whatever way. A job looks at the disk first:
 a finished run is left alone, one whose parent has no result says so and ends. On submitit's signal (USR2: before the
-time limit, or at a preemption) the run saves and stops, and the job puts itself back into the queue.
+time limit, or at a preemption) the run saves and stops, and the job puts itself back into the queue. So it does where a
+preemption sends no more than SIGTERM, which reaches the run and not the job: Slurm requeues what it had to kill alone.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from submitit import SlurmExecutor
+from submitit import JobEnvironment, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from retrace.core import snapshot, squeue
 from retrace.core.config import SlurmJobs
-from retrace.core.launch import BUSY_SECONDS, Summary, Worker, unfinished
+from retrace.core.launch import BUSY_SECONDS, Summary, unfinished
 from retrace.core.plan import RunSpec
 from retrace.core.safety import own_folder, redact
 from retrace.core.store import LEASE_SECONDS, RunDir, Store
+from retrace.core.workers import Worker
 
 MAX_ARRAY = 1000  # Slurm's own default; what is more goes into a second array, after the first
 POLL_SECONDS = 0.2
@@ -175,6 +179,8 @@ class Job:
         self.thread.start()
         while self.thread.is_alive():  # without a lock that the signal's handler might find taken
             time.sleep(POLL_SECONDS)
+        if "STOPPED" in self.statuses.values() and not self.stopping and squeue.runs(os.environ["SLURM_JOB_ID"]):
+            signal.raise_signal(getattr(signal, f"SIG{JobEnvironment.USR_SIG}"))  # submitit requeues, in the first task
         if self.failed and not self.stopping:
             raise RuntimeError("; ".join(self.failed))
         return self.statuses
@@ -232,7 +238,7 @@ class Job:
 def _task() -> dict[str, str] | None:
     """What torch must know to find the other tasks of the job, None where there are none.
 
-    submitit derives it from Slurm's variables, so neither torchrun nor `accelerate launch` is needed on any node; the
+    submitit derives it from Slurm's variables, so no other launcher is needed on any node; the
     signal then reaches every process itself.
     """
     found = TorchDistributedEnvironment()
