@@ -14,9 +14,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 from pathlib import Path
+from subprocess import PIPE
 
 from retrace.core.memory import what_to_lower
 from retrace.core.plan import RunSpec
@@ -24,6 +27,7 @@ from retrace.core.safety import redact
 from retrace.core.store import FINISHED, RunDir, Store
 
 BUSY_SECONDS = 2.0  # between two looks at a run that somebody else holds
+DRAIN_SECONDS = 5.0  # for the last words of a process that has ended
 
 
 @dataclass
@@ -51,7 +55,8 @@ class Worker:
         self._environment |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
         self._environment |= task or {}
         self._process: subprocess.Popen[str] | None = None
-        self._errors: list[str] = []
+        self._errors: deque[str] = deque(maxlen=20)  # the last lines of stderr: the reason, should it die
+        self._reader = threading.Thread()
 
     def run(self, spec: RunSpec, path: Path) -> tuple[str, str]:
         """(status, reason) of one run; blocks until it has ended."""
@@ -103,35 +108,30 @@ class Worker:
 
     def _killed(self, spec: RunSpec) -> tuple[str, str] | None:
         """What torch's launcher says of a process that a signal ended before any other one ended, if so."""
-        text = "\n".join(self._errors).rpartition("Root Cause")[2]
+        text = "\n".join(self._said_last()).rpartition("Root Cause")[2]
         match = re.search(r"rank\s*: (\d+) .*?exitcode\s*: -(\d+)", text, re.DOTALL)
         if match is None:
             return None
         return "FAILED", f"process {match[1]} of {spec.hardware.processes} was {_ended(-int(match[2]), spec)}"
 
     def _start(self, command: list[str]) -> subprocess.Popen[str]:
-        self._errors = []
         self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self._environment,
+            command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, env=self._environment
         )
-        threading.Thread(target=self._drain, args=(self._process,), daemon=True).start()
+        self._errors = deque(maxlen=20)  # its own: the thread of the process before may not have ended yet
+        self._reader = threading.Thread(target=_drain, args=(self._process, self._errors), daemon=True)
+        self._reader.start()
         return self._process
 
-    def _drain(self, process: subprocess.Popen[str]) -> None:
-        """Keep the last lines that a worker wrote on stderr: the reason, should it die."""
-        assert process.stderr is not None
-        for line in process.stderr:
-            self._errors = [*self._errors[-19:], redact(line.rstrip())]
+    def _said_last(self) -> list[str]:
+        """The last lines on stderr of a process that has ended; what it started may hold the pipe open."""
+        self._reader.join(timeout=DRAIN_SECONDS)
+        return list(self._errors)
 
     def _died(self, process: subprocess.Popen[str], spec: RunSpec) -> tuple[str, str]:
         code = process.wait()
         self._process = None
-        last = next((line for line in reversed(self._errors) if line.strip()), "it wrote nothing")
+        last = next((line for line in reversed(self._said_last()) if line.strip()), "it wrote nothing")
         if code == 3:
             return "STOPPED", last
         return "FAILED", f"its worker died ({_ended(code, spec)}): {last}"
@@ -151,6 +151,13 @@ class Worker:
                 self._process.kill()
 
 
+def _drain(process: subprocess.Popen[str], lines: deque[str]) -> None:
+    """Keep the last lines that a worker writes on stderr."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        lines.append(redact(line.rstrip()))
+
+
 def _ended(code: int, spec: RunSpec) -> str:
     """How a process ended."""
     hint = f"; out of memory? {what_to_lower(spec)}" if code == -9 else ""
@@ -158,7 +165,7 @@ def _ended(code: int, spec: RunSpec) -> str:
 
 
 class Local:
-    """This machine. `on_change` is called with (id, status, reason) whenever a run starts or ends."""
+    """This machine. `on_change` is called with (id, status, reason) whenever a run starts, ends or will never start."""
 
     def __init__(self, store: Store, *, command: str, on_change: Callable[[str, str, str], None]) -> None:
         self._store = store
@@ -166,88 +173,86 @@ class Local:
         self._on_change = on_change
         self._halt = threading.Event()  # set on Ctrl-C: nothing new is started
         self._workers: list[Worker] = []
+        self._ready: queue.Queue[RunSpec | None] = queue.Queue()
+        self._ended: queue.Queue[tuple[RunSpec, str, str]] = queue.Queue()
 
     def run(self, specs: Sequence[RunSpec]) -> Summary:
         """Carry out all runs that are not finished. On Ctrl-C the runs in hand save and stop, then it is raised."""
         summary = Summary()
         waiting = unfinished(specs, store=self._store, summary=summary)
+        self._tell_skipped(summary.skipped)
         if not waiting:
             return summary
         slots = min(len(waiting), next(iter(waiting.values())).hardware.slots)
-        ready: queue.Queue[RunSpec | None] = queue.Queue()
-        ended: queue.Queue[tuple[RunSpec, str, str]] = queue.Queue()
-        threads = [threading.Thread(target=self._serve, args=(ready, ended), daemon=True) for _ in range(slots)]
+        threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(slots)]
         for thread in threads:
             thread.start()
         try:
-            self._schedule(waiting, ready, ended, summary)
-        except KeyboardInterrupt:
-            for worker in self._workers:  # a terminal sends them the signal too, a supervisor does not
+            self._schedule(waiting, summary)
+        except BaseException:  # Ctrl-C, of which a supervisor tells this process alone, or nobody reads the output
+            for worker in self._workers:
                 worker.stop()
             raise
         finally:
             self._halt.set()
             for _ in threads:
-                ready.put(None)
+                self._ready.put(None)
             for thread in threads:
                 thread.join()
         return summary
 
-    def _schedule(
-        self,
-        waiting: dict[str, RunSpec],
-        ready: queue.Queue[RunSpec | None],
-        ended: queue.Queue[tuple[RunSpec, str, str]],
-        summary: Summary,
-    ) -> None:
+    def _schedule(self, waiting: dict[str, RunSpec], summary: Summary) -> None:
         """Hand out runs whose parents are done, until nothing waits and nothing runs.
 
         A run that somebody else holds is looked at again after `BUSY_SECONDS`, and takes no slot until then.
         """
+        order = TopologicalSorter({i: waiting.keys() & spec.parents.values() for i, spec in waiting.items()})
+        order.prepare()
         running = 0
-        blocked: set[str] = set(waiting)  # ids that are not done yet
         held: dict[str, float] = {}  # run that somebody else holds -> when to look at it again
         while waiting or running:
             now = time.monotonic()
-            held = {run_id: at for run_id, at in held.items() if at > now and run_id in waiting}
-            for spec in list(waiting.values()):
-                if spec.id not in held and not blocked & set(spec.parents.values()):
-                    del waiting[spec.id]
-                    running += 1
-                    ready.put(spec)
+            due = [*order.get_ready(), *(run_id for run_id, at in held.items() if at <= now)]
+            for spec in [waiting.pop(run_id) for run_id in due if run_id in waiting]:  # others are skipped
+                running += 1
+                self._ready.put(spec)
+            held = {run_id: at for run_id, at in held.items() if run_id in waiting}
             try:
-                spec, status, reason = ended.get(timeout=min(held.values()) - now if held else None)
+                spec, status, reason = self._ended.get(timeout=max(0.0, min(held.values()) - now) if held else None)
             except queue.Empty:
                 continue
             running -= 1
+            self._on_change(spec.id, status, reason)
             if status == "BUSY":
                 waiting[spec.id] = spec
                 held[spec.id] = time.monotonic() + BUSY_SECONDS
-                continue
-            self._on_change(spec.id, status, reason)
-            if status in FINISHED:
-                blocked.discard(spec.id)
+            elif status in FINISHED:
+                order.done(spec.id)
                 (summary.done if status == "DONE" else summary.diverged).append(spec.id)
-                if status == "DIVERGED":
-                    _skip_children(spec.id, waiting, summary, diverged=True)
             elif status == "STOPPED":
                 self._halt.set()
                 summary.stopped += [spec.id, *waiting]
                 waiting.clear()
             else:
                 summary.failed[spec.id] = reason
-                _skip_children(spec.id, waiting, summary)
+            if status not in ("DONE", "BUSY"):
+                self._tell_skipped(_skip_children(spec.id, waiting, summary, diverged=status == "DIVERGED"))
 
-    def _serve(self, ready: queue.Queue[RunSpec | None], ended: queue.Queue[tuple[RunSpec, str, str]]) -> None:
+    def _tell_skipped(self, skipped: Mapping[str, str]) -> None:
+        for run_id, parent in skipped.items():
+            self._on_change(run_id, "SKIPPED", f"it builds on {parent}")
+
+    def _serve(self) -> None:
         """One slot: freeze a run, give it to the worker, report."""
         worker: Worker | None = None
-        while (spec := ready.get()) is not None:
+        while (spec := self._ready.get()) is not None:
             if self._halt.is_set():
-                ended.put((spec, "STOPPED", ""))
+                self._ended.put((spec, "STOPPED", ""))
                 continue
             run = self._store.run(spec.id)
-            if run.state().finished:  # by another launcher, for which this one waited
-                ended.put((spec, run.state().status, run.state().reason))
+            state = run.state()
+            if state.finished or state.status == "RUNNING":  # another launcher's: what it has frozen stays as it is
+                self._ended.put((spec, state.status if state.finished else "BUSY", state.reason))
                 continue
             try:
                 run.freeze(spec, command=self._command)
@@ -258,7 +263,7 @@ class Local:
                 status, reason = worker.run(spec, run.path)
             except Exception as error:  # whatever it is, the sweep must hear of it and go on
                 status, reason = "FAILED", redact(f"{type(error).__name__}: {error}")
-            ended.put((spec, status, reason))
+            self._ended.put((spec, status, reason))
         if worker is not None:
             worker.close()
 
@@ -279,13 +284,17 @@ def unfinished(specs: Sequence[RunSpec], *, store: Store, summary: Summary) -> d
     return waiting
 
 
-def _skip_children(failed: str, waiting: dict[str, RunSpec], summary: Summary, *, diverged: bool = False) -> None:
-    """Take out of the queue everything that builds on a run without a result to build on.
+def _skip_children(
+    failed: str, waiting: dict[str, RunSpec], summary: Summary, *, diverged: bool = False
+) -> dict[str, str]:
+    """Take out of the queue everything that builds on a run without a result to build on; those, and on what they do.
 
     To have diverged is a result, for those that accept it.
     """
+    found: dict[str, str] = {}
     for spec in list(waiting.values()):
         if failed in spec.parents.values() and spec.id in waiting and not (diverged and spec.accepts_diverged):
             del waiting[spec.id]
-            summary.skipped[spec.id] = failed
-            _skip_children(spec.id, waiting, summary)
+            found |= {spec.id: failed} | _skip_children(spec.id, waiting, summary)
+    summary.skipped |= found
+    return found
