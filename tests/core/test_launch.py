@@ -1,9 +1,11 @@
-"""What is handed out when, and what becomes of runs whose parents came to no result."""
+"""What becomes of runs whose parents came to no result, that others hold, or whose launcher ends."""
 
 from __future__ import annotations
 
-import queue
+import os
+import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from retrace.core.config import Frozen
 from retrace.core.launch import Local, Summary, _skip_children
 from retrace.core.plan import RunSpec
 from retrace.core.store import Store
+from retrace.core.workers import Worker
 
 
 def run(name: str, *parents: str, accepts_diverged: bool = False) -> RunSpec:
@@ -42,26 +45,63 @@ def test_a_failed_parent_holds_up_everything_that_builds_on_it() -> None:
     assert summary.skipped == {"choice": "train", "after": "choice", "plain": "train"}
 
 
-def test_a_run_is_handed_out_once_its_parents_are_done_and_again_while_somebody_else_holds_it(
+def test_the_last_words_of_a_process_are_read_to_the_end_before_they_are_told() -> None:
+    lines = "import sys; [print(f'line {i}', file=sys.stderr) for i in range(2_000)]"
+    for _ in range(3):
+        worker = Worker(threads=1)
+        process = worker._open([sys.executable, "-c", f"{lines}; sys.exit('the reason')"], os.environ)
+        assert worker._died(process, run("one")) == ("FAILED", "its worker died (exit code 1): the reason")
+
+
+def test_what_ends_the_launcher_stops_its_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a reader of the output that goes away does, such as `head`: the command would hang until its runs end."""
+    started, stopped = threading.Event(), threading.Event()
+
+    def carry_out(_: Worker, spec: RunSpec, __: Path) -> tuple[str, str]:
+        if spec.id == "quick":
+            return "FAILED" if started.wait(timeout=60) else "", "why"
+        started.set()
+        return "STOPPED" if stopped.wait(timeout=60) else "DONE", ""
+
+    def on_change(run_id: str, status: str, _: str) -> None:
+        if (run_id, status) == ("quick", "FAILED"):
+            raise SystemExit(141)
+
+    monkeypatch.setattr(Worker, "run", carry_out)
+    monkeypatch.setattr(Worker, "stop", lambda _: stopped.set())
+    specs = [
+        replace(run(name), hardware=HARDWARE.model_copy(update={"parallel_runs": 2})) for name in ("slow", "quick")
+    ]
+    with pytest.raises(SystemExit):
+        Local(Store(tmp_path), command="test", on_change=on_change).run(specs)
+    assert stopped.is_set()
+
+
+def test_a_run_that_somebody_else_holds_is_left_as_it_was_frozen_and_looked_at_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It may be that of a job, whose hardware is not that of this machine."""
+    store, seen = Store(tmp_path), list[str]()
+    held, spec = store.run("one"), run("one")
+    held.freeze(replace(spec, hardware=HARDWARE.model_copy(update={"name": "gpu1"})), command="of a job")
+    before = (held.path / "config.json").read_text()
+
+    def on_change(_: str, status: str, __: str) -> None:
+        seen.append(status)
+        if status == "BUSY" and seen.count("BUSY") == 2:
+            held.finish("DONE")
+
     monkeypatch.setattr(launch, "BUSY_SECONDS", 0.05)
-    specs = [run("a"), run("b"), run("c", "a", "b"), run("d", "c"), run("bad"), run("e", "bad"), run("f", "gone")]
-    answers = {"b": ["BUSY", "BUSY", "DONE"], "bad": ["FAILED"]}
-    ready: queue.Queue[RunSpec | None] = queue.Queue()
-    ended: queue.Queue[tuple[RunSpec, str, str]] = queue.Queue()
-    order: list[str] = []
+    with held.lease():
+        summary = Local(store, command="test", on_change=on_change).run([spec])
+    assert (summary.done, seen) == (["one"], ["BUSY", "BUSY", "DONE"])
+    assert (held.path / "config.json").read_text() == before
 
-    def slot() -> None:
-        while (spec := ready.get()) is not None:
-            order.append(spec.id)
-            ended.put((spec, answers.get(spec.id, ["DONE"]).pop(0), "why"))
 
-    threading.Thread(target=slot, daemon=True).start()
-    summary = Summary()
-    local = Local(Store(tmp_path), command="test", on_change=lambda *_: None)
-    local._schedule({spec.id: spec for spec in specs}, ready, ended, summary)
-    ready.put(None)
-    assert order == ["a", "b", "bad", "f", "b", "b", "c", "d"]
-    assert summary.done == ["a", "f", "b", "c", "d"]
-    assert (summary.failed, summary.skipped) == ({"bad": "why"}, {"e": "bad"})
+def test_runs_that_will_never_start_are_told_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Worker, "run", lambda *_: ("FAILED", "why"))
+    seen: list[tuple[str, str]] = []
+    specs = [run("train"), run("choice", "train", accepts_diverged=True), run("after", "choice"), run("plain", "train")]
+    Local(Store(tmp_path), command="test", on_change=lambda i, status, _: seen.append((i, status))).run(specs)
+    assert seen[:2] == [("train", "RUNNING"), ("train", "FAILED")]
+    assert sorted(seen[2:]) == [(name, "SKIPPED") for name in ("after", "choice", "plain")]

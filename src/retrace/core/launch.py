@@ -8,9 +8,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 
 from retrace.core.plan import RunSpec
 from retrace.core.safety import redact
@@ -34,7 +34,7 @@ class Summary:
 
 
 class Local:
-    """This machine. `on_change` is called with (id, status, reason) whenever a run starts or ends."""
+    """This machine. `on_change` is called with (id, status, reason) whenever a run starts, ends or will never start."""
 
     def __init__(self, store: Store, *, command: str, on_change: Callable[[str, str, str], None]) -> None:
         self._store = store
@@ -42,95 +42,87 @@ class Local:
         self._on_change = on_change
         self._halt = threading.Event()  # set on Ctrl-C: nothing new is started
         self._workers: list[Worker] = []
+        self._ready: queue.Queue[RunSpec | None] = queue.Queue()
+        self._ended: queue.Queue[tuple[RunSpec, str, str]] = queue.Queue()
 
     def run(self, specs: Sequence[RunSpec]) -> Summary:
         """Carry out all runs that are not finished. On Ctrl-C the runs in hand save and stop, then it is raised."""
         summary = Summary()
         waiting = unfinished(specs, store=self._store, summary=summary)
+        self._tell_skipped(summary.skipped)
         if not waiting:
             return summary
         slots = min(len(waiting), next(iter(waiting.values())).hardware.slots)
-        ready: queue.Queue[RunSpec | None] = queue.Queue()
-        ended: queue.Queue[tuple[RunSpec, str, str]] = queue.Queue()
-        threads = [threading.Thread(target=self._serve, args=(ready, ended), daemon=True) for _ in range(slots)]
+        threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(slots)]
         for thread in threads:
             thread.start()
-        interrupted = True
+        stopping = True  # by Ctrl-C, of which a supervisor tells this process alone, or as nobody reads the output
         try:
-            self._schedule(waiting, ready, ended, summary)
-            interrupted = False
+            self._schedule(waiting, summary)
+            stopping = False
         finally:
             self._halt.set()
             for _ in threads:
-                ready.put(None)
+                self._ready.put(None)
             while any(thread.is_alive() for thread in threads):
-                for worker in self._workers if interrupted else ():
-                    worker.stop()  # more than once: it may just have started a process
+                for worker in self._workers if stopping else ():
+                    worker.stop()  # more than once: it may just be starting a process
                 for thread in threads:
                     thread.join(timeout=STOP_SECONDS)
         return summary
 
-    def _schedule(
-        self,
-        waiting: dict[str, RunSpec],
-        ready: queue.Queue[RunSpec | None],
-        ended: queue.Queue[tuple[RunSpec, str, str]],
-        summary: Summary,
-    ) -> None:
+    def _schedule(self, waiting: dict[str, RunSpec], summary: Summary) -> None:
         """Hand out runs whose parents are done, until nothing waits and nothing runs.
 
         A run that somebody else holds is looked at again after `BUSY_SECONDS`, and takes no slot until then.
         """
-        needs = {run_id: set(spec.parents.values()) & waiting.keys() for run_id, spec in waiting.items()}
-        children: dict[str, list[str]] = {}
-        for run_id, parents in needs.items():
-            for parent in parents:
-                children.setdefault(parent, []).append(run_id)
-        todo = deque(waiting.pop(run_id) for run_id, parents in needs.items() if not parents)
-        held: deque[tuple[float, RunSpec]] = deque()  # runs of somebody else, and when to look again
+        order = TopologicalSorter({i: waiting.keys() & spec.parents.values() for i, spec in waiting.items()})
+        order.prepare()
         running = 0
-        while todo or running or held:
-            while held and held[0][0] <= time.monotonic():
-                todo.append(held.popleft()[1])
-            while todo:
-                ready.put(todo.popleft())
+        held: dict[str, float] = {}  # run that somebody else holds -> when to look at it again
+        while waiting or running:
+            now = time.monotonic()
+            due = [*order.get_ready(), *(run_id for run_id, at in held.items() if at <= now)]
+            for spec in [waiting.pop(run_id) for run_id in due if run_id in waiting]:  # others are skipped
                 running += 1
+                self._ready.put(spec)
+            held = {run_id: at for run_id, at in held.items() if run_id in waiting}
             try:
-                spec, status, reason = ended.get(timeout=max(0.0, held[0][0] - time.monotonic()) if held else None)
+                spec, status, reason = self._ended.get(timeout=max(0.0, min(held.values()) - now) if held else None)
             except queue.Empty:
                 continue
             running -= 1
-            if status == "BUSY":
-                held.append((time.monotonic() + BUSY_SECONDS, spec))
-                continue
             self._on_change(spec.id, status, reason)
-            if status in FINISHED:
+            if status == "BUSY":
+                waiting[spec.id] = spec
+                held[spec.id] = time.monotonic() + BUSY_SECONDS
+            elif status in FINISHED:
+                order.done(spec.id)
                 (summary.done if status == "DONE" else summary.diverged).append(spec.id)
-                if status == "DIVERGED":
-                    _skip_children(spec.id, waiting, summary, diverged=True)
-                for child in children.get(spec.id, ()):
-                    needs[child].discard(spec.id)
-                    if not needs[child] and child in waiting:
-                        todo.append(waiting.pop(child))
             elif status == "STOPPED":
                 self._halt.set()
-                summary.stopped += [spec.id, *waiting, *(other.id for _, other in held)]
+                summary.stopped += [spec.id, *waiting]
                 waiting.clear()
-                held.clear()
             else:
                 summary.failed[spec.id] = reason
-                _skip_children(spec.id, waiting, summary)
+            if status not in ("DONE", "BUSY"):
+                self._tell_skipped(_skip_children(spec.id, waiting, summary, diverged=status == "DIVERGED"))
 
-    def _serve(self, ready: queue.Queue[RunSpec | None], ended: queue.Queue[tuple[RunSpec, str, str]]) -> None:
+    def _tell_skipped(self, skipped: Mapping[str, str]) -> None:
+        for run_id, parent in skipped.items():
+            self._on_change(run_id, "SKIPPED", f"it builds on {parent}")
+
+    def _serve(self) -> None:
         """One slot: freeze a run, give it to the worker, report."""
         worker: Worker | None = None
-        while (spec := ready.get()) is not None:
+        while (spec := self._ready.get()) is not None:
             if self._halt.is_set():
-                ended.put((spec, "STOPPED", ""))
+                self._ended.put((spec, "STOPPED", ""))
                 continue
             run = self._store.run(spec.id)
-            if run.state().finished:  # by another launcher, for which this one waited
-                ended.put((spec, run.state().status, run.state().reason))
+            state = run.state()
+            if state.finished or state.status == "RUNNING":  # another launcher's: what it has frozen stays as it is
+                self._ended.put((spec, state.status if state.finished else "BUSY", state.reason))
                 continue
             try:
                 run.freeze(spec, command=self._command)
@@ -141,7 +133,7 @@ class Local:
                 status, reason = worker.run(spec, run.path)
             except Exception as error:  # whatever it is, the sweep must hear of it and go on
                 status, reason = "FAILED", redact(f"{type(error).__name__}: {error}")
-            ended.put((spec, status, reason))
+            self._ended.put((spec, status, reason))
         if worker is not None:
             worker.close()
 
@@ -162,13 +154,17 @@ def unfinished(specs: Sequence[RunSpec], *, store: Store, summary: Summary) -> d
     return waiting
 
 
-def _skip_children(failed: str, waiting: dict[str, RunSpec], summary: Summary, *, diverged: bool = False) -> None:
-    """Take out of the queue everything that builds on a run without a result to build on.
+def _skip_children(
+    failed: str, waiting: dict[str, RunSpec], summary: Summary, *, diverged: bool = False
+) -> dict[str, str]:
+    """Take out of the queue everything that builds on a run without a result to build on; those, and on what they do.
 
     To have diverged is a result, for those that accept it.
     """
+    found: dict[str, str] = {}
     for spec in list(waiting.values()):
         if failed in spec.parents.values() and spec.id in waiting and not (diverged and spec.accepts_diverged):
             del waiting[spec.id]
-            summary.skipped[spec.id] = failed
-            _skip_children(spec.id, waiting, summary)
+            found |= {spec.id: failed} | _skip_children(spec.id, waiting, summary)
+    summary.skipped |= found
+    return found

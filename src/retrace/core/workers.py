@@ -17,8 +17,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from subprocess import PIPE
 
 from retrace.core.memory import what_to_lower
 from retrace.core.plan import RunSpec
@@ -28,6 +30,7 @@ from retrace.core.store import FINISHED, RunDir
 END_SECONDS = 20.0  # that a process has to end, from the moment at which it is of no use any more
 SETTLE_SECONDS = 1.0  # from the first failure of a rank to the news of a signal that may be behind it
 WATCH_SECONDS = 10.0
+DRAIN_SECONDS = 5.0  # for the last words of a process that has ended
 ASKED = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1, -signal.SIGUSR2, 3)  # how a worker ends that is to stop
 
 
@@ -41,8 +44,8 @@ class Worker:
     def __init__(self, *, threads: int, task: Mapping[str, str] | None = None) -> None:
         self._threads, self._task = threads, task
         self._process: subprocess.Popen[str] | None = None
-        self._errors: list[str] = []
-        self._drained: threading.Thread | None = None
+        self._errors: deque[str] = deque(maxlen=20)  # the last lines of stderr: the reason, should it die
+        self._reader = threading.Thread()
         self._ranks: list[Worker] = []  # the processes of the run in hand, where it has several
 
     def run(self, spec: RunSpec, path: Path) -> tuple[str, str]:
@@ -143,32 +146,22 @@ class Worker:
         environment |= self._task or {}
         if self._task is not None and spec.hardware.device == "cpu":
             environment["ACCELERATE_USE_CPU"] = "true"
-        self._errors = []
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "retrace.worker", "-"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env=environment,
-        )
-        self._drained = threading.Thread(target=self._drain, args=(self._process,), daemon=True)
-        self._drained.start()
-        return self._process
+        return self._open([sys.executable, "-m", "retrace.worker", "-"], environment)
 
-    def _drain(self, process: subprocess.Popen[str]) -> None:
-        """Keep the last lines that a worker wrote on stderr: the reason, should it die."""
-        assert process.stderr is not None
-        for line in process.stderr:
-            self._errors = [*self._errors[-19:], redact(line.rstrip())]
+    def _open(self, command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        self._process = subprocess.Popen(
+            command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, errors="replace", env=environment
+        )
+        self._errors = deque(maxlen=20)  # its own: the thread of the process before may not have ended yet
+        self._reader = threading.Thread(target=_drain, args=(self._process, self._errors), daemon=True)
+        self._reader.start()
+        return self._process
 
     def _died(self, process: subprocess.Popen[str], spec: RunSpec) -> tuple[str, str]:
         code = process.wait()
         self._process = None
-        if self._drained is not None:
-            self._drained.join(timeout=SETTLE_SECONDS)  # a child of its own may hold its stderr open
-        last = next((line for line in reversed(self._errors) if line.strip()), "it wrote nothing")
+        self._reader.join(timeout=DRAIN_SECONDS)  # what it started may hold the pipe open
+        last = redact(next((line for line in reversed(self._errors) if line.strip()), "it wrote nothing"))
         if code in ASKED:
             return "STOPPED", last
         how = f"exit code {code}"
@@ -177,6 +170,13 @@ class Worker:
             if self._task is not None:
                 return "KILLED", f"process {self._task['RANK']} of {self._task['WORLD_SIZE']} was {how}"
         return "KILLED" if code < 0 else "FAILED", f"its worker died ({how}): {last}"
+
+
+def _drain(process: subprocess.Popen[str], lines: deque[str]) -> None:
+    """Keep the last lines that a worker writes on stderr."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        lines.append(line.rstrip())
 
 
 def _verdict(heard: Mapping[int, tuple[str, str]]) -> tuple[str, str]:
