@@ -126,7 +126,7 @@ class Worker:
     def _said_last(self) -> list[str]:
         """The last lines on stderr of a process that has ended; what it started may hold the pipe open."""
         self._reader.join(timeout=DRAIN_SECONDS)
-        return list(self._errors)
+        return [redact(line) for line in self._errors]
 
     def _died(self, process: subprocess.Popen[str], spec: RunSpec) -> tuple[str, str]:
         code = process.wait()
@@ -155,7 +155,7 @@ def _drain(process: subprocess.Popen[str], lines: deque[str]) -> None:
     """Keep the last lines that a worker writes on stderr."""
     assert process.stderr is not None
     for line in process.stderr:
-        lines.append(redact(line.rstrip()))
+        lines.append(line.rstrip())
 
 
 def _ended(code: int, spec: RunSpec) -> str:
