@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from test_pages import HARDWARE, TRACKING
 
-from retrace.core import launch
+from retrace.core import launch, slurm
 from retrace.core.config import Frozen
 from retrace.core.launch import Local, Summary, _skip_children
-from retrace.core.plan import RunSpec
+from retrace.core.plan import RunSpec, plan
 from retrace.core.store import Store
 from retrace.core.workers import Worker
 
@@ -105,3 +105,16 @@ def test_runs_that_will_never_start_are_told_of_each(tmp_path: Path, monkeypatch
     Local(Store(tmp_path), command="test", on_change=lambda i, status, _: seen.append((i, status))).run(specs)
     assert seen[:2] == [("train", "RUNNING"), ("train", "FAILED")]
     assert sorted(seen[2:]) == [(name, "SKIPPED") for name in ("after", "choice", "plain")]
+
+
+def test_a_job_runs_on_the_hardware_that_it_asked_for_whatever_was_frozen_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, spec = Store(tmp_path), plan(["quietstar/main"], ["scale=smoke", "hardware.threads=3"])[0]
+    asked = spec.hardware.model_copy(update={"threads": 1})
+    run_dir = store.run(spec.id)
+    run_dir.freeze(spec, command="of this machine, and killed")
+    monkeypatch.setattr(slurm, "_task", lambda: None)  # submitit would look for Slurm's variables
+    monkeypatch.setattr(Worker, "run", lambda _, given, path: ("DONE", f"{given.hardware.threads} {path.name}"))
+    assert slurm.Job(str(tmp_path), [spec.id], hardware=asked, patience=1.0)() == {spec.id: "DONE"}
+    assert run_dir.load()[0].hardware == asked

@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from retrace.core import snapshot, squeue
-from retrace.core.config import SlurmJobs
+from retrace.core.config import Hardware, SlurmJobs
 from retrace.core.launch import BUSY_SECONDS, Summary, unfinished
 from retrace.core.plan import RunSpec
 from retrace.core.safety import own_folder, redact
@@ -86,7 +87,14 @@ class Slurm:
         try:
             with executor.batch():
                 jobs = [
-                    executor.submit(Job(home, [spec.id for spec in pack], patience=0.8 * asked.signal_seconds))
+                    executor.submit(
+                        Job(
+                            home,
+                            [spec.id for spec in pack],
+                            hardware=specs[0].hardware,
+                            patience=0.8 * asked.signal_seconds,
+                        )
+                    )
                     for pack in packs
                 ]
         except (FailedJobError, FailedSubmissionError) as error:
@@ -113,7 +121,7 @@ class Slurm:
 def _only_ours(folder: Path) -> str:
     """A shell line that ends a job before it reads a folder that somebody else could have written in.
 
-    submitit unpickles there what it was given at submission: ids of runs, and when to give up waiting.
+    submitit unpickles there what it was given at submission: ids of runs, their hardware, when to give up waiting.
     """
     name = shlex.quote(str(folder))
     wrong = shlex.quote(f"{folder}: others can write in it, and a job trusts what it finds there: chmod 700, run again")
@@ -160,14 +168,14 @@ def _options(spec: RunSpec, asked: SlurmJobs, *, after: Sequence[str]) -> dict[s
 
 
 class Job:
-    """What a job calls, in each of its tasks: some runs, one after another.
+    """What a job calls, in each of its tasks: some runs, one after another, on the hardware that it asked for.
 
     The work is a thread's, so that the main one is free for the signal; `patience` is how many seconds the signal waits
     for a run to save before the job is requeued all the same.
     """
 
-    def __init__(self, home: str, runs: Sequence[str], *, patience: float) -> None:
-        self.home, self.runs, self.patience = home, list(runs), patience
+    def __init__(self, home: str, runs: Sequence[str], *, hardware: Hardware, patience: float) -> None:
+        self.home, self.runs, self.hardware, self.patience = home, list(runs), hardware, patience
 
     def __call__(self) -> dict[str, str]:
         """The status of each run by id; raises RuntimeError, so that Slurm sees it, when one has failed."""
@@ -195,7 +203,7 @@ class Job:
             time.sleep(POLL_SECONDS)
         if all(RunDir(Path(self.home) / "runs" / run_id).state().finished for run_id in self.runs):
             raise SystemExit(0)  # the signal came just as the last run ended: nothing is left to requeue for
-        return DelayedSubmission(Job(self.home, self.runs, patience=self.patience))
+        return DelayedSubmission(Job(self.home, self.runs, hardware=self.hardware, patience=self.patience))
 
     def _work(self) -> None:
         store = Store(Path(self.home))
@@ -217,10 +225,13 @@ class Job:
 
     def _run(self, run: RunDir, store: Store) -> tuple[str, str]:
         """(status, reason) of one run, as far as this task is concerned."""
-        spec, _ = run.load()
+        spec, command = run.load()
         state = run.state()
         if state.finished:
             return state.status, state.reason
+        if spec.hardware != self.hardware:  # somebody began it elsewhere while the job was in the queue
+            spec = replace(spec, hardware=self.hardware)
+            run.freeze(spec, command=command)
         for parent in spec.parents.values():
             found = store.run(parent).state().status
             if found != "DONE" and not (found == "DIVERGED" and spec.accepts_diverged):
