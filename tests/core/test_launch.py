@@ -98,6 +98,18 @@ def test_a_run_that_somebody_else_holds_is_left_as_it_was_frozen_and_looked_at_a
     assert (held.path / "config.json").read_text() == before
 
 
+def test_what_builds_on_most_goes_first_so_that_results_come_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried_out: list[str] = []
+    monkeypatch.setattr(Worker, "run", lambda _, spec, __: (carried_out.append(spec.id), ("DONE", ""))[1])
+    specs = [*(run(f"first {i}") for i in range(8)), *(run(f"next {i}", f"first {i}") for i in range(8))]
+    Local(Store(tmp_path), command="test", on_change=lambda *_: None).run(specs)
+    order = [run_id.split(" ")[0] for run_id in carried_out]
+    assert sorted(order) == ["first"] * 8 + ["next"] * 8
+    assert order.index("next") <= 4, "not behind all that they could wait for"
+
+
 def test_runs_that_will_never_start_are_told_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Worker, "run", lambda *_: ("FAILED", "why"))
     seen: list[tuple[str, str]] = []

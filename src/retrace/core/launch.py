@@ -5,6 +5,7 @@ A worker that dies takes down its run, which is told, and nothing else. core/wor
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -42,7 +43,8 @@ class Local:
         self._on_change = on_change
         self._halt = threading.Event()  # set on Ctrl-C: nothing new is started
         self._workers: list[Worker] = []
-        self._ready: queue.Queue[RunSpec | None] = queue.Queue()
+        self._ready: queue.PriorityQueue[tuple[int, int, RunSpec | None]] = queue.PriorityQueue()
+        self._number = itertools.count()  # of what is put there, so that equals stay in order
         self._ended: queue.Queue[tuple[RunSpec, str, str]] = queue.Queue()
 
     def run(self, specs: Sequence[RunSpec]) -> Summary:
@@ -63,7 +65,7 @@ class Local:
         finally:
             self._halt.set()
             for _ in threads:
-                self._ready.put(None)
+                self._ready.put((1, next(self._number), None))
             while any(thread.is_alive() for thread in threads):
                 for worker in self._workers if stopping else ():
                     worker.stop()  # more than once: it may just be starting a process
@@ -74,10 +76,12 @@ class Local:
     def _schedule(self, waiting: dict[str, RunSpec], summary: Summary) -> None:
         """Hand out runs whose parents are done, until nothing waits and nothing runs.
 
-        A run that somebody else holds is looked at again after `BUSY_SECONDS`, and takes no slot until then.
+        Those that build on most go first, so that results come early. A run that somebody else holds is looked at again
+        after `BUSY_SECONDS`, and takes no slot until then.
         """
         order = TopologicalSorter({i: waiting.keys() & spec.parents.values() for i, spec in waiting.items()})
         order.prepare()
+        depth = depths(waiting)
         running = 0
         held: dict[str, float] = {}  # run that somebody else holds -> when to look at it again
         while waiting or running:
@@ -85,7 +89,7 @@ class Local:
             due = [*order.get_ready(), *(run_id for run_id, at in held.items() if at <= now)]
             for spec in [waiting.pop(run_id) for run_id in due if run_id in waiting]:  # others are skipped
                 running += 1
-                self._ready.put(spec)
+                self._ready.put((-depth[spec.id], next(self._number), spec))
             held = {run_id: at for run_id, at in held.items() if run_id in waiting}
             try:
                 spec, status, reason = self._ended.get(timeout=max(0.0, min(held.values()) - now) if held else None)
@@ -115,7 +119,7 @@ class Local:
     def _serve(self) -> None:
         """One slot: freeze a run, give it to the worker, report."""
         worker: Worker | None = None
-        while (spec := self._ready.get()) is not None:
+        while (spec := self._ready.get()[2]) is not None:
             if self._halt.is_set():
                 self._ended.put((spec, "STOPPED", ""))
                 continue
@@ -136,6 +140,14 @@ class Local:
             self._ended.put((spec, status, reason))
         if worker is not None:
             worker.close()
+
+
+def depths(runs: Mapping[str, RunSpec]) -> dict[str, int]:
+    """How many of these runs have to be carried out one after another before each, which come before it here."""
+    found: dict[str, int] = {}
+    for run_id, spec in runs.items():
+        found[run_id] = max((found[parent] + 1 for parent in spec.parents.values() if parent in found), default=0)
+    return found
 
 
 def unfinished(specs: Sequence[RunSpec], *, store: Store, summary: Summary) -> dict[str, RunSpec]:

@@ -25,7 +25,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from retrace.core import snapshot, squeue
 from retrace.core.config import Hardware, SlurmJobs
-from retrace.core.launch import BUSY_SECONDS, Summary, unfinished
+from retrace.core.launch import BUSY_SECONDS, Summary, depths, unfinished
 from retrace.core.plan import RunSpec
 from retrace.core.safety import own_folder, redact
 from retrace.core.store import LEASE_SECONDS, RunDir, Store
@@ -130,12 +130,10 @@ def _only_ours(folder: Path) -> str:
 
 def _by_depth(new: Mapping[str, RunSpec], waiting: Mapping[str, RunSpec]) -> Iterator[list[RunSpec]]:
     """Runs in arrays: what nothing has to wait for, then what builds on that, ...; of one kind of hardware each."""
-    depths: dict[str, int] = {}
-    for run_id, spec in waiting.items():  # parents come before children
-        depths[run_id] = max((depths[parent] + 1 for parent in spec.parents.values() if parent in depths), default=0)
+    depth = depths(waiting)
     groups: dict[tuple[int, str], list[RunSpec]] = {}
     for run_id, spec in new.items():
-        groups.setdefault((depths[run_id], spec.hardware.model_dump_json()), []).append(spec)
+        groups.setdefault((depth[run_id], spec.hardware.model_dump_json()), []).append(spec)
     for _, group in sorted(groups.items(), key=lambda item: item[0]):
         size = MAX_ARRAY * (group[0].hardware.slurm.runs_per_job if group[0].hardware.slurm else 1)
         yield from (group[i : i + size] for i in range(0, len(group), size))
