@@ -9,14 +9,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import TINY, Run
 
 from retrace.core.plan import plan
 from retrace.core.store import Busy, Store
+from retrace.core.workers import Worker
 
 SMALL = [*TINY, "seed=0", "base.optim.steps=3", "train.optim.steps=2", "eval.num_questions=2", "eval.num_windows=2"]
 
@@ -145,6 +149,63 @@ def test_a_live_run_is_left_alone_and_a_dead_one_is_taken_over(home: Path) -> No
     assert run.state().status == "PLANNED"
     with run.lease():
         assert run.state().status == "RUNNING"
+
+
+def test_a_worker_that_is_killed_leaves_the_reason_on_disk_and_the_next_try_forgets_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETRACE_HOME", str(home))
+    spec = plan(["quietstar/main"], [*SMALL, "base.optim.steps=2000"])[0]
+    run = Store(home).run(spec.id)
+    run.freeze(spec, command="test")
+    worker, outcomes = Worker(threads=1), []
+    for end in (psutil.Process.kill, psutil.Process.terminate):
+        thread = threading.Thread(target=lambda: outcomes.append(worker.run(spec, run.path)))
+        thread.start()
+        while run.state().status != "RUNNING" or run.state().step == 0:
+            time.sleep(0.05)
+        (child,) = psutil.Process().children()
+        end(child)
+        thread.join()
+    (killed, reason), (stopped, _) = outcomes
+    assert killed == "FAILED"
+    assert reason.startswith("its worker died (killed by signal 9; out of memory? lower micro_batch_size")
+    assert stopped == "STOPPED"
+    assert (run.state().status, run.state().reason) == ("PLANNED", "")  # of a healthy run, which is not told as failed
+
+
+def test_a_worker_that_is_asked_to_stop_before_it_can_listen_has_not_failed(home: Path) -> None:
+    spec = plan(["quietstar/main"], SMALL)[0]
+    run = Store(home).run(spec.id)
+    run.freeze(spec, command="test")
+    worker, outcomes = Worker(threads=1), []
+    thread = threading.Thread(target=lambda: outcomes.append(worker.run(spec, run.path)[0]))
+    thread.start()
+    while worker._process is None:
+        time.sleep(0.001)
+    worker.stop()
+    thread.join()
+    assert outcomes == ["STOPPED"]
+    assert run.state().status == "PLANNED"
+
+
+def test_a_worker_whose_run_failed_on_a_gpu_is_ended_and_one_on_a_cpu_stays_warm(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some errors of CUDA stay with their process. Where there is no GPU, to ask for one fails."""
+    monkeypatch.setenv("RETRACE_HOME", str(home))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for hardware, code in (("cpu", None), ("gpu1", 3)):
+        spec = plan(["quietstar/main"], [*SMALL, f"hardware={hardware}"])[0]
+        run = Store(home).run(spec.id)
+        run.freeze(spec, command="test")
+        if hardware == "cpu":
+            (run.path / "model").write_text("in the way")
+        worker = Worker(threads=1)
+        assert worker.run(spec, run.path)[0] == "FAILED"
+        assert worker._process is not None
+        assert worker._process.poll() == code
+        worker.close()
 
 
 def test_a_base_of_other_sizes_is_refused_by_name(home: Path, retrace: Run) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,10 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from retrace.core.launch import Local, Worker
+from retrace.core.launch import Local
 from retrace.core.plan import RunSpec, plan
 from retrace.core.record import Record
 from retrace.core.store import Store
+from retrace.core.workers import Worker
 
 # Four micro-batches in a step, so that two processes accumulate two each.
 SMALL = [*TINY, "seed=0", "base.optim.micro_batch_size=2", "train.optim.micro_batch_size=1", "eval.num_questions=2"]
@@ -193,6 +196,12 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(home: Path, monke
             torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-3)
 
 
+def ranks_below(ancestor: psutil.Process) -> dict[psutil.Process, str]:
+    """The processes of a run that has several, with their ranks."""
+    found = {process: process.environ().get("RANK") for process in ancestor.children(recursive=True)}
+    return {process: rank for process, rank in found.items() if rank is not None}
+
+
 def memory_runs_out(process: psutil.Process) -> None:
     """The process gets no byte more than it has."""
     process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, -1))
@@ -239,9 +248,8 @@ def test_a_process_that_ends_takes_the_others_with_it_and_its_own_error_is_the_r
     thread.start()
     while run.state().step < 3 and thread.is_alive():
         time.sleep(0.05)
-    everyone = psutil.process_iter(["cmdline", "environ"])  # which has None for what is gone meanwhile
-    ranks = {p: (p.info["environ"] or {}).get("RANK") for p in everyone if str(run.path) in (p.info["cmdline"] or [])}
-    processes = [p for p, own in ranks.items() if own is not None]
+    ranks = ranks_below(psutil.Process())
+    processes = list(ranks)
     (victim,) = (p for p in processes if ranks[p] == str(rank))
     end(victim)
     thread.join(timeout=30)
@@ -252,3 +260,73 @@ def test_a_process_that_ends_takes_the_others_with_it_and_its_own_error_is_the_r
     assert re.match(reason, said), said
     assert run.state().status == "FAILED"
     assert run.state().reason == said
+
+
+def pretraining(home: Path, *overrides: str) -> RunSpec:
+    """A frozen pretraining by two processes."""
+    spec = plan(["quietstar/main"], [*SMALL, *WHOLE, *overrides])[0]
+    Store(home).run(spec.id).freeze(spec, command="test")
+    return spec
+
+
+def test_a_run_whose_first_process_fails_has_failed_although_the_second_has_done_its_part(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETRACE_HOME", str(home))
+    spec = pretraining(home, "base.optim.steps=2")
+    run = Store(home).run(spec.id)
+    (home / "results" / "quietstar").mkdir(parents=True)
+    (home / "results" / "quietstar" / "records").write_text("in the way")  # only the first process writes a record
+    status, reason = Worker(threads=1).run(spec, run.path)
+    assert status == "FAILED"
+    assert "records" in reason
+    assert (run.state().status, run.state().reason) == (status, reason)
+
+
+def test_a_run_that_somebody_else_ends_while_its_processes_start_is_left_alone_at_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETRACE_HOME", str(home))
+    spec = pretraining(home)
+    run = Store(home).run(spec.id)
+    worker, outcome = Worker(threads=1), []
+    thread = threading.Thread(target=lambda: outcome.append(worker.run(spec, run.path)))
+    thread.start()
+    while len(processes := ranks_below(psutil.Process())) < 2:
+        time.sleep(0.01)
+    run.finish("DONE")  # long before they have imported what they need
+    thread.join(timeout=120)
+    assert outcome == [("DONE", "")]
+    assert not any(process.is_running() for process in processes)
+    assert run.state().status == "DONE"
+
+
+def test_a_run_that_somebody_holds_is_not_even_started(home: Path) -> None:
+    spec = pretraining(home)
+    run, began = Store(home).run(spec.id), time.monotonic()
+    with run.lease():
+        assert Worker(threads=1).run(spec, run.path)[0] == "BUSY"
+    assert time.monotonic() - began < 5
+
+
+def test_processes_of_a_launcher_that_is_killed_save_and_end_and_the_same_command_goes_on(
+    home: Path, retrace: Run
+) -> None:
+    words = ["run", "quietstar/main", *SMALL, *WHOLE, "base.optim.steps=150"]
+    spec = plan([words[1]], words[2:])[0]
+    run = Store(home).run(spec.id)
+    launcher = psutil.Popen(
+        [sys.executable, "-m", "retrace.cli", *words], env={**os.environ, "RETRACE_HOME": str(home)}
+    )
+    while run.state().step < 3 and launcher.poll() is None:
+        time.sleep(0.05)
+    processes = list(ranks_below(launcher))
+    assert len(processes) == 2
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
+    assert run.state().status == "PLANNED"
+    assert list((run.path / "checkpoints").glob("step_*"))
+    done = retrace(*words)
+    assert "3 of 3 runs finished" in done.stdout, done.stdout

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
+from retrace.core import squeue
 from retrace.core.config import Hardware, read_yaml, validate
 from retrace.core.plan import RunSpec, plan
 from retrace.core.record import Record
@@ -109,7 +110,7 @@ def desk(tmp_path: Path, cluster: Mapping[str, str]) -> Iterator[Desk]:
     until(lambda: not made.queued())
 
 
-def until(condition: Callable[[], object], *, seconds: float = 120, every: float = 0.2) -> None:
+def until(condition: Callable[[], object], *, seconds: float = 400, every: float = 0.2) -> None:
     """Wait for something that must happen."""
     end = time.monotonic() + seconds
     while not condition():
@@ -280,6 +281,45 @@ def test_a_preempted_run_saves_requeues_and_ends_as_an_undisturbed_one(
     if processes == 1:
         assert numbers({run.id: ended}) == numbers({run.id: other})
     assert ended.metrics == pytest.approx(other.metrics, rel=1e-3)
+
+
+@pytest.fixture
+def sigterm_only(cluster: Mapping[str, str]) -> Iterator[None]:
+    """Slurm's default: a preemption sends SIGTERM to the tasks and what they started, and no user signal."""
+    file = Path(cluster["SLURM_CONF"])
+    before = file.read_text()
+    setting = "SlurmctldParameters=preempt_send_user_signal\n"
+    assert setting in before
+    for content in (before.replace(setting, ""), before):
+        file.write_text(content)
+        subprocess.run(["scontrol", "reconfigure"], env=cluster, check=True)
+        if content != before:
+            yield
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("sigterm_only")
+@pytest.mark.parametrize("partition", ["low", "cancelled"])
+def test_a_preemption_by_sigterm_with_a_grace_time_requeues_the_job_and_what_builds_on_it_waits(
+    partition: str, desk: Desk, tmp_path: Path
+) -> None:
+    run, job = submit(desk, LONG, f"hardware.slurm.partition={partition}")
+    desk.shell("sbatch", "--partition=high", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", "--wrap=sleep 1")
+    assert numbers(go_on(desk, run, job)) == numbers(alone(desk, tmp_path / "alone", LONG))
+    until(lambda: not desk.queued())
+    assert {record.program: record.status for record in desk.records().values()} == dict.fromkeys(
+        ("pretrain", "train", "evaluate"), "DONE"
+    )
+
+
+def test_a_preempted_job_is_not_in_the_queue_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm shows it for minutes; a run whose job was cancelled by a preemption is submitted again."""
+    jobs = (("7_0", "PREEMPTED"), ("7_1", "RUNNING"))
+    lines = "".join(f"{job:<40}{state:<20}{'0':<8}{'n1':<60}{'None':<60}\\n" for job, state in jobs)
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+    (tmp_path / "squeue").chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert list(squeue.queue() or ()) == ["7_1"]
 
 
 @pytest.mark.slow

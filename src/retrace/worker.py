@@ -1,7 +1,8 @@
 """Runs frozen configs: `python -m retrace.worker runs/<id>`; with `-`, the folders come on standard input, a line each.
 
 In the second form the process stays warm: imports are paid once, and each run is answered by one line of JSON. When the
-launcher goes away (standard input ends) or a SIGTERM comes, the run in hand saves a checkpoint and stops.
+launcher goes away (standard input ends) or a SIGTERM comes, the run in hand saves a checkpoint and stops. It is also
+that of each process of a run that has several, with its rank in the environment.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def execute(path: Path, *, store: Store, stop: threading.Event) -> Outcome:
             state = run.state()
             if state.finished:
                 return Outcome(state.status, state.reason)
+            run.clear()
             return _program(run, spec, command, store=store, stop=stop, main=True)
     except Busy as error:
         return Outcome("BUSY", str(error))
@@ -244,7 +246,7 @@ def main(arguments: list[str]) -> int:
     provenance.code()  # now, and not when the first record is written: the code that runs is the code of this moment
     if arguments == ["-"]:
         _serve(store, stop, sys.stdin)
-        return 0
+        return 3
     if not (Path(arguments[0]) / "config.json").is_file():
         print(f"{arguments[0]}: no config.json there; give the folder of a run, such as runs/<id>", file=sys.stderr)
         return 2

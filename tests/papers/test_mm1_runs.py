@@ -176,7 +176,7 @@ def test_prompts_of_mixed_resolution_split_the_last_images_alone() -> None:
 def test_a_fine_tuning_trains_the_parts_that_it_names(finished: tuple[Path, dict[str, Record]], tmp_path: Path) -> None:
     home, _ = finished
     shutil.copytree(home, tmp_path / "home")
-    frozen = [*QUIET, "finetune=${tuning.same}", "finetune.trained=[connector]"]
+    frozen = [*QUIET, "finetune=${tuning.same}", "tuning.same.trained=[connector]"]
     specs = [spec for spec in plan(["mm1/main"], frozen) if spec.program == "finetune"]
     carry_out(specs, tmp_path / "home")
     store = Store(tmp_path / "home")

@@ -49,6 +49,7 @@ $(for node in $NODES; do
     echo "NodeName=$node NodeHostname=$H NodeAddr=127.0.0.1 Port=$(free_port) CPUs=2 RealMemory=$((MEMORY / 2)) State=UNKNOWN"
 done)
 PartitionName=low Nodes=${NODES// /,} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 MaxTime=INFINITE State=UP
+PartitionName=cancelled Nodes=${NODES// /,} PriorityTier=1 PreemptMode=CANCEL GraceTime=30 MaxTime=INFINITE State=UP
 PartitionName=high Nodes=${NODES// /,} PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 C
 export SLURM_CONF=$S/slurm.conf

@@ -35,7 +35,7 @@ class SweepProgress:
         self._total = len(specs)
         self._already = len(specs) - len(self._left)
         self._slots = specs[0].hardware.slots if specs else 1
-        self._running: dict[str, tuple[TaskID | None, float]] = {}
+        self._running: dict[str, tuple[TaskID | None, float | None]] = {}  # since when; None: by somebody else
         self._took: dict[str, list[float]] = {}  # program -> seconds of runs that ended in this sweep
         self._lock = threading.Lock()
         self._live = console.is_terminal
@@ -68,24 +68,23 @@ class SweepProgress:
             self._progress.stop()
 
     def on_change(self, run_id: str, status: str, reason: str) -> None:
-        """A run has started or ended."""
+        """A run has started (RUNNING), is somebody else's for now (BUSY), or has ended, or will never start."""
         with self._lock:
-            if status == "RUNNING":
-                if run_id in self._running:  # handed out again, after waiting for somebody else who held it
-                    return
-                task = self._progress.add_task(run_id, total=100, note="starting") if self._live else None
-                self._running[run_id] = (task, time.monotonic())
+            task, began = self._running.pop(run_id, (None, None))
+            if status in ("RUNNING", "BUSY"):
+                if task is None and self._live:
+                    task = self._progress.add_task(run_id, total=100, note="starting")
+                self._running[run_id] = task, time.monotonic() if status == "RUNNING" else None
                 return
-            task, began = self._running.pop(run_id, (None, time.monotonic()))
             if task is not None:
                 self._progress.remove_task(task)
             self._left.discard(run_id)
-            seconds = time.monotonic() - began
-            if status in FINISHED:
+            seconds = None if began is None else time.monotonic() - began
+            if status in FINISHED and seconds is not None:
                 self._took.setdefault(self._specs[run_id].program, []).append(seconds)
             self._say(run_id, status, reason, seconds)
 
-    def _say(self, run_id: str, status: str, reason: str, seconds: float) -> None:
+    def _say(self, run_id: str, status: str, reason: str, seconds: float | None) -> None:
         spec = self._specs[run_id]
         label = spec.labels[0] + (f" +{len(spec.labels) - 1}" if len(spec.labels) > 1 else "")
         count = f"[{self._total - len(self._left)}/{self._total}]"
@@ -103,7 +102,7 @@ class SweepProgress:
             if whole is None:
                 return None
             began = self._running.get(run_id, (None, None))[1]
-            total += max(0.0, whole - (time.monotonic() - began)) if began else whole
+            total += whole if began is None else max(0.0, whole - (time.monotonic() - began))
         return total / max(1, min(self._slots, len(self._left)))
 
     def _poll(self) -> None:

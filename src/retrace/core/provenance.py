@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ SNAPSHOT = "snapshot.json"  # at the root of one, see core/snapshot.py
 
 @functools.cache
 def code() -> dict[str, Any]:
-    """Commit of the checkout and, where it has uncommitted changes, the hash of their diff.
+    """Commit of the checkout and, where it has uncommitted changes, the hash of their diff, new files included.
 
     Of a snapshot, what was written down when it was taken; there the diff is whole.
     """
@@ -38,14 +40,9 @@ def code() -> dict[str, Any]:
     if (root / SNAPSHOT).is_file():
         taken: dict[str, Any] = json.loads((root / SNAPSHOT).read_text())
         return taken
-    sha = _git(root, "rev-parse", "HEAD")
-    diff = _git(root, "diff", "HEAD", "--", "src", "configs") if sha else None
-    new = _git(root, "ls-files", "--others", "--exclude-standard", "--", "src", "configs") if sha else None
-    return {
-        "git": sha,
-        "dirty": bool(diff or new) if sha else None,
-        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None,
-    }
+    sha = commit(root)
+    diff = "".join(uncommitted(root / name) for name in ("src", "configs"))
+    return {"git": sha, "dirty": bool(diff) if sha else None, "diff_sha256": fingerprint(diff) if diff else None}
 
 
 @functools.cache
@@ -60,18 +57,46 @@ def paper_code(slug: str) -> dict[str, Any]:
     taken = code().get("paper_code")
     if taken and slug in taken:
         return {}  # as a part of `code()`
-    sha = _git(folder, "rev-parse", "HEAD")
-    changed = _git(folder, "status", "--porcelain", "--", ".") if sha else None
+    sha = commit(folder)
+    changed = git(folder, "status", "--porcelain", "--", ".") if sha else None
     dist = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.module
     return {"paper_code": {slug: {"package": dist, "git": sha, "dirty": bool(changed) if sha else None}}}
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def commit(folder: Path) -> str | None:
+    """The last commit of the checkout that a folder is in."""
+    return (git(folder, "rev-parse", "HEAD") or "").strip() or None
+
+
+def uncommitted(folder: Path) -> str:
+    """The diff of a folder against the last commit, new files included; "" where git knows nothing of it.
+
+    It is made in an index of its own, so that what the user has staged stays as it is.
+    """
+    index = (git(folder, "rev-parse", "--path-format=absolute", "--git-path", "index") or "").strip()
+    if not index:
+        return ""
+    with tempfile.TemporaryDirectory() as place:
+        other = Path(place) / "index"
+        if Path(index).is_file():
+            shutil.copy2(index, other)  # with its time, by which git knows what was edited just after it
+        git(folder, "add", "--all", "--", ".", index=other)
+        return git(folder, "diff", "--cached", "--binary", "HEAD", "--", ".", index=other) or ""
+
+
+def fingerprint(diff: str) -> str:
+    return hashlib.sha256(diff.encode()).hexdigest()[:16]
+
+
+def git(folder: Path, *arguments: str, index: Path | None = None) -> str | None:
+    """What git prints; None where there is no git, or it fails. Bytes that are no UTF-8 come escaped."""
+    environment = {**os.environ, "GIT_INDEX_FILE": str(index)} if index else None
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, timeout=60, env=environment)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.decode(errors="backslashreplace") if done.returncode == 0 else None
 
 
 @functools.cache

@@ -3,28 +3,33 @@
 Runs are frozen and the code is copied (core/snapshot.py) when they are submitted. They go as arrays, one for each depth
 of what builds on what, each waiting until the one before it has ended in whatever way. A job looks at the disk first:
 a finished run is left alone, one whose parent has no result says so and ends. On submitit's signal (USR2: before the
-time limit, or at a preemption) the run saves and stops, and the job puts itself back into the queue.
+time limit, or at a preemption) the run saves and stops, and the job puts itself back into the queue. So it does where a
+preemption sends no more than SIGTERM, which reaches the run and not the job: Slurm requeues what it had to kill alone.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from submitit import SlurmExecutor
+from submitit import JobEnvironment, SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from retrace.core import snapshot, squeue
-from retrace.core.config import SlurmJobs
-from retrace.core.launch import BUSY_SECONDS, Summary, Worker, unfinished
+from retrace.core.config import Hardware, SlurmJobs
+from retrace.core.launch import BUSY_SECONDS, Summary, depths, unfinished
 from retrace.core.plan import RunSpec
 from retrace.core.safety import own_folder, redact
 from retrace.core.store import LEASE_SECONDS, RunDir, Store
+from retrace.core.workers import Worker
 
 MAX_ARRAY = 1000  # Slurm's own default; what is more goes into a second array, after the first
 POLL_SECONDS = 0.2
@@ -82,7 +87,14 @@ class Slurm:
         try:
             with executor.batch():
                 jobs = [
-                    executor.submit(Job(home, [spec.id for spec in pack], patience=0.8 * asked.signal_seconds))
+                    executor.submit(
+                        Job(
+                            home,
+                            [spec.id for spec in pack],
+                            hardware=specs[0].hardware,
+                            patience=0.8 * asked.signal_seconds,
+                        )
+                    )
                     for pack in packs
                 ]
         except (FailedJobError, FailedSubmissionError) as error:
@@ -109,7 +121,7 @@ class Slurm:
 def _only_ours(folder: Path) -> str:
     """A shell line that ends a job before it reads a folder that somebody else could have written in.
 
-    submitit unpickles there what it was given at submission: ids of runs, and when to give up waiting.
+    submitit unpickles there what it was given at submission: ids of runs, their hardware, when to give up waiting.
     """
     name = shlex.quote(str(folder))
     wrong = shlex.quote(f"{folder}: others can write in it, and a job trusts what it finds there: chmod 700, run again")
@@ -118,12 +130,10 @@ def _only_ours(folder: Path) -> str:
 
 def _by_depth(new: Mapping[str, RunSpec], waiting: Mapping[str, RunSpec]) -> Iterator[list[RunSpec]]:
     """Runs in arrays: what nothing has to wait for, then what builds on that, ...; of one kind of hardware each."""
-    depths: dict[str, int] = {}
-    for run_id, spec in waiting.items():  # parents come before children
-        depths[run_id] = max((depths[parent] + 1 for parent in spec.parents.values() if parent in depths), default=0)
+    depth = depths(waiting)
     groups: dict[tuple[int, str], list[RunSpec]] = {}
     for run_id, spec in new.items():
-        groups.setdefault((depths[run_id], spec.hardware.model_dump_json()), []).append(spec)
+        groups.setdefault((depth[run_id], spec.hardware.model_dump_json()), []).append(spec)
     for _, group in sorted(groups.items(), key=lambda item: item[0]):
         size = MAX_ARRAY * (group[0].hardware.slurm.runs_per_job if group[0].hardware.slurm else 1)
         yield from (group[i : i + size] for i in range(0, len(group), size))
@@ -156,14 +166,14 @@ def _options(spec: RunSpec, asked: SlurmJobs, *, after: Sequence[str]) -> dict[s
 
 
 class Job:
-    """What a job calls, in each of its tasks: some runs, one after another.
+    """What a job calls, in each of its tasks: some runs, one after another, on the hardware that it asked for.
 
     The work is a thread's, so that the main one is free for the signal; `patience` is how many seconds the signal waits
     for a run to save before the job is requeued all the same.
     """
 
-    def __init__(self, home: str, runs: Sequence[str], *, patience: float) -> None:
-        self.home, self.runs, self.patience = home, list(runs), patience
+    def __init__(self, home: str, runs: Sequence[str], *, hardware: Hardware, patience: float) -> None:
+        self.home, self.runs, self.hardware, self.patience = home, list(runs), hardware, patience
 
     def __call__(self) -> dict[str, str]:
         """The status of each run by id; raises RuntimeError, so that Slurm sees it, when one has failed."""
@@ -175,6 +185,8 @@ class Job:
         self.thread.start()
         while self.thread.is_alive():  # without a lock that the signal's handler might find taken
             time.sleep(POLL_SECONDS)
+        if "STOPPED" in self.statuses.values() and not self.stopping and squeue.runs(os.environ["SLURM_JOB_ID"]):
+            signal.raise_signal(getattr(signal, f"SIG{JobEnvironment.USR_SIG}"))  # submitit requeues, in the first task
         if self.failed and not self.stopping:
             raise RuntimeError("; ".join(self.failed))
         return self.statuses
@@ -189,7 +201,7 @@ class Job:
             time.sleep(POLL_SECONDS)
         if all(RunDir(Path(self.home) / "runs" / run_id).state().finished for run_id in self.runs):
             raise SystemExit(0)  # the signal came just as the last run ended: nothing is left to requeue for
-        return DelayedSubmission(Job(self.home, self.runs, patience=self.patience))
+        return DelayedSubmission(Job(self.home, self.runs, hardware=self.hardware, patience=self.patience))
 
     def _work(self) -> None:
         store = Store(Path(self.home))
@@ -211,10 +223,13 @@ class Job:
 
     def _run(self, run: RunDir, store: Store) -> tuple[str, str]:
         """(status, reason) of one run, as far as this task is concerned."""
-        spec, _ = run.load()
+        spec, command = run.load()
         state = run.state()
         if state.finished:
             return state.status, state.reason
+        if spec.hardware != self.hardware:  # somebody began it elsewhere while the job was in the queue
+            spec = replace(spec, hardware=self.hardware)
+            run.freeze(spec, command=command)
         for parent in spec.parents.values():
             found = store.run(parent).state().status
             if found != "DONE" and not (found == "DIVERGED" and spec.accepts_diverged):
@@ -232,7 +247,7 @@ class Job:
 def _task() -> dict[str, str] | None:
     """What torch must know to find the other tasks of the job, None where there are none.
 
-    submitit derives it from Slurm's variables, so neither torchrun nor `accelerate launch` is needed on any node; the
+    submitit derives it from Slurm's variables, so no other launcher is needed on any node; the
     signal then reaches every process itself.
     """
     found = TorchDistributedEnvironment()

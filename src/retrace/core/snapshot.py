@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Collection
@@ -20,7 +19,7 @@ from typing import Any
 from retrace.core.config import CONFIGS
 from retrace.core.discovery import package_folder, paper_packages
 from retrace.core.files import write_json
-from retrace.core.provenance import SNAPSHOT, paper_code
+from retrace.core.provenance import SNAPSHOT, commit, fingerprint, git, paper_code, uncommitted
 from retrace.core.safety import own_folder, refuse_secrets
 from retrace.core.store import Store
 
@@ -36,7 +35,7 @@ def take(store: Store, *, papers: Collection[str], allow_dirty: bool) -> Path:
     folders = {"src/retrace": PACKAGE, "configs": CONFIGS}
     brought = {slug: folder for slug in papers if (folder := package_folder(slug))}
     folders |= {f"src/{paper_packages()[slug].module}": folder for slug, folder in brought.items()}
-    commit = (_git(PACKAGE, "rev-parse", "HEAD") or "").strip() or None
+    sha = commit(PACKAGE)
     diff = "".join(uncommitted(folder) for folder in folders.values())
     refuse_secrets(diff, where="the uncommitted diff")
     if diff and not allow_dirty:
@@ -48,15 +47,15 @@ def take(store: Store, *, papers: Collection[str], allow_dirty: bool) -> Path:
     chosen = [(f"{name}/{file}", folder / file) for name, folder in folders.items() for file in _files(folder)]
     for name, file in chosen:
         digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    target = store.runs / ".snapshots" / f"{(commit or 'no_commit')[:12]}-{digest.hexdigest()[:8]}"
+    target = store.runs / ".snapshots" / f"{(sha or 'no_commit')[:12]}-{digest.hexdigest()[:8]}"
     if target.is_dir():
         os.utime(target)  # so that `prune` sees that it is wanted
     else:
-        code: dict[str, Any] = {"git": commit, "dirty": bool(diff) if commit else None, "diff_sha256": None}
+        code: dict[str, Any] = {"git": sha, "dirty": bool(diff) if sha else None, "diff_sha256": None}
         for slug in brought:
             code.setdefault("paper_code", {}).update(paper_code(slug)["paper_code"])
         if diff:
-            code |= {"diff_sha256": hashlib.sha256(diff.encode()).hexdigest()[:16], "diff": diff}
+            code |= {"diff_sha256": fingerprint(diff), "diff": diff}
         _copy(chosen, target, code=code)
     return target
 
@@ -95,7 +94,7 @@ def prune(store: Store, *, needed: Collection[Path]) -> list[Path]:
 
 def _files(folder: Path) -> list[Path]:
     """What git tracks or would track; all that is there where git knows nothing of the folder."""
-    listed = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    listed = git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     if listed:
         names = {name for name in listed.split("\0") if name}
     else:
@@ -103,33 +102,5 @@ def _files(folder: Path) -> list[Path]:
     return sorted(Path(name) for name in names if (folder / name).is_file())
 
 
-def uncommitted(folder: Path) -> str:
-    """The diff of a folder against the last commit, new files included; "" where git knows nothing of it.
-
-    It is made in an index of its own, so that what the user has staged stays as it is.
-    """
-    index = (_git(folder, "rev-parse", "--path-format=absolute", "--git-path", "index") or "").strip()
-    if not index:
-        return ""
-    with tempfile.TemporaryDirectory() as place:
-        other = Path(place) / "index"
-        if Path(index).is_file():
-            shutil.copyfile(index, other)
-        _git(folder, "add", "--all", "--", ".", index=other)
-        return _git(folder, "diff", "--cached", "--binary", "HEAD", "--", ".", index=other) or ""
-
-
 def _first_file(diff: str) -> str:
     return diff.partition("\n")[0].rpartition(" b/")[2]
-
-
-def _git(folder: Path, *arguments: str, index: Path | None = None) -> str | None:
-    """What git prints; None where there is no git, or it fails."""
-    environment = {**os.environ, "GIT_INDEX_FILE": str(index)} if index else None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=60, env=environment
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None

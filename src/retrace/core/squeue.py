@@ -23,6 +23,7 @@ _ENDED = (
     "FAILED",
     "TIMEOUT",
     "NODE_FAIL",
+    "PREEMPTED",
     "BOOT_FAIL",
     "DEADLINE",
     "OUT_OF_MEMORY",
@@ -71,6 +72,15 @@ def queue() -> dict[str, QueuedJob] | None:
         return None
     jobs = map(_read, done.stdout.splitlines())
     return {job.id: job for job in jobs if job.state not in _ENDED}
+
+
+def runs(job: str) -> bool:
+    """Whether a job runs: it does in the grace of a preemption, and does not once `scancel` or its limit ends it."""
+    try:
+        done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.stdout.split() == ["RUNNING"]
 
 
 def _read(line: str) -> QueuedJob:

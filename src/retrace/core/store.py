@@ -127,6 +127,10 @@ class RunDir:
         temporary.write_text(json.dumps(content))
         os.replace(temporary, self.path / "progress.json")
 
+    def clear(self) -> None:
+        """Forget why an earlier try failed, as this one begins: killed or stopped, it would be told that reason."""
+        (self.path / "result.json").unlink(missing_ok=True)
+
     def finish(self, status: str, **content: Any) -> None:
         """Write result.json; checkpoints of a finished run have done their work."""
         write_json(self.path / "result.json", {"status": status, **content})

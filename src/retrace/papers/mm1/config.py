@@ -51,7 +51,7 @@ class Finetune(Frozen):
     image_size: int = Field(ge=1)  # of the images; with sub-images the encoder gets half of it
     sub_images: bool
     rows: Rows
-    trained: tuple[Part, ...] = Field(PARTS, min_length=1)  # the others are frozen
+    trained: tuple[Part, ...] = Field(min_length=1)  # the others are frozen
     optim: Optim
 
     @property
