@@ -32,6 +32,10 @@ class Expect(Frozen):
             )
         if self.direction == "none" and self.value is not None:
             raise ValueError(f"direction=none with value={self.value}: no difference has no value; use null")
+        if self.value is not None and (self.value > 0) != (self.direction == "up"):
+            raise ValueError(
+                f"direction={self.direction} with value={self.value}: expected values above 0 with up, else below"
+            )
         return self
 
 
