@@ -114,7 +114,7 @@ def wandb_mode(tracking: Tracking) -> str:
     """'online', 'offline' or 'off'; auto is online with an API key and offline without, or what WANDB_MODE says."""
     if tracking.wandb != "auto":
         return tracking.wandb
-    asked = os.environ.get("WANDB_MODE")  # a user's, or ours after a failure
+    asked = os.environ.get("WANDB_MODE")
     if asked:
         return {"disabled": "off"}.get(asked, asked)
     return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"
