@@ -15,8 +15,9 @@ import pytest
 from conftest import TINY
 from test_resume import numbers
 
+from retrace.core.lease import LEASE_SECONDS, Busy
 from retrace.core.plan import RunSpec, plan
-from retrace.core.store import LEASE_SECONDS, Busy, RunDir, Store
+from retrace.core.store import RunDir, Store
 
 CHAIN = [*TINY, "seed=0", "base.optim.steps=150"]
 HOUR = 3600

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -13,13 +14,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from conftest import TINY, Run
 
+from retrace import worker
+from retrace.core.lease import Busy
 from retrace.core.plan import plan
-from retrace.core.store import Busy, Store
+from retrace.core.store import Store
 from retrace.core.workers import Worker
 
 SMALL = [*TINY, "seed=0", "base.optim.steps=3", "train.optim.steps=2", "eval.num_questions=2", "eval.num_windows=2"]
@@ -158,9 +162,9 @@ def test_a_worker_that_is_killed_leaves_the_reason_on_disk_and_the_next_try_forg
     spec = plan(["quietstar/main"], [*SMALL, "base.optim.steps=2000"])[0]
     run = Store(home).run(spec.id)
     run.freeze(spec, command="test")
-    worker, outcomes = Worker(threads=1), []
+    process, outcomes = Worker(threads=1), []
     for end in (psutil.Process.kill, psutil.Process.terminate):
-        thread = threading.Thread(target=lambda: outcomes.append(worker.run(spec, run.path)))
+        thread = threading.Thread(target=lambda: outcomes.append(process.run(spec, run.path)))
         thread.start()
         while run.state().status != "RUNNING" or run.state().step == 0:
             time.sleep(0.05)
@@ -178,12 +182,12 @@ def test_a_worker_that_is_asked_to_stop_before_it_can_listen_has_not_failed(home
     spec = plan(["quietstar/main"], SMALL)[0]
     run = Store(home).run(spec.id)
     run.freeze(spec, command="test")
-    worker, outcomes = Worker(threads=1), []
-    thread = threading.Thread(target=lambda: outcomes.append(worker.run(spec, run.path)[0]))
+    process, outcomes = Worker(threads=1), []
+    thread = threading.Thread(target=lambda: outcomes.append(process.run(spec, run.path)[0]))
     thread.start()
-    while worker._process is None:
+    while process._process is None:
         time.sleep(0.001)
-    worker.stop()
+    process.stop()
     thread.join()
     assert outcomes == ["STOPPED"]
     assert run.state().status == "PLANNED"
@@ -201,11 +205,37 @@ def test_a_worker_whose_run_failed_on_a_gpu_is_ended_and_one_on_a_cpu_stays_warm
         run.freeze(spec, command="test")
         if hardware == "cpu":
             (run.path / "model").write_text("in the way")
-        worker = Worker(threads=1)
-        assert worker.run(spec, run.path)[0] == "FAILED"
-        assert worker._process is not None
-        assert worker._process.poll() == code
-        worker.close()
+        process = Worker(threads=1)
+        assert process.run(spec, run.path)[0] == "FAILED"
+        assert process._process is not None
+        assert process._process.poll() == code
+        process.close()
+
+
+def test_a_metric_that_is_no_number_is_one_sentence_with_its_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = plan(["quietstar/main"], SMALL)[0]
+    run = Store(home).run(spec.id)
+    run.freeze(spec, command="test")
+    measured = {"eval/loss": math.nan, "eval/prob": 0.5}
+    program = SimpleNamespace(load=lambda: lambda *_: measured)
+    paper = SimpleNamespace(recipe=spec.recipe, programs={spec.program: program})
+    monkeypatch.setattr(worker, "load_paper", lambda _: paper)
+    outcome = worker.execute(run.path, store=Store(home), stop=threading.Event())
+    assert outcome.status == "FAILED"
+    assert outcome.reason.startswith("ValueError: measured eval/loss=nan, and a result is finite")
+
+
+def test_a_base_whose_model_was_damaged_is_refused_by_name_and_made_again(home: Path, retrace: Run) -> None:
+    assert retrace("run", "quietstar/main", *SMALL).returncode == 0
+    base = next(path for path in (home / "runs").glob("*pretrain*"))
+    weights = base / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    other = ["run", "quietstar/main", *SMALL, "train.optim.learning_rate=2.0e-4"]
+    done = retrace(*other)
+    assert done.returncode == 1
+    assert f"runs/{base.name}/model: is damaged (model.safetensors does not match its checksum): delete" in done.stdout
+    shutil.rmtree(base)
+    assert "3 of 3 runs finished" in retrace(*other).stdout
 
 
 def test_a_base_of_other_sizes_is_refused_by_name(home: Path, retrace: Run) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -25,12 +26,13 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from retrace.core import provenance
 from retrace.core.config import HOME
 from retrace.core.identity import science
+from retrace.core.lease import Busy
 from retrace.core.memory import out_of_memory
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
 from retrace.core.record import Record, RunCost
 from retrace.core.safety import RedactingFormatter, deny_others, redact, redact_tracebacks
-from retrace.core.store import Busy, RunDir, Store
+from retrace.core.store import RunDir, Store
 
 if TYPE_CHECKING:
     from retrace.core.context import Context
@@ -102,7 +104,15 @@ def _program(run: RunDir, spec: RunSpec, command: str, *, store: Store, stop: th
     metrics: dict[str, float] = {}
     reason = ""
     try:
-        metrics = dict(load_paper(spec.paper).programs[spec.program].load()(spec.config, ctx))
+        if main:
+            for parent in parents.values():
+                parent.check_folders()
+        paper = load_paper(spec.paper)
+        if spec.recipe != paper.recipe:
+            raise ValueError(
+                f"frozen for recipe {spec.recipe}, and this code has {paper.recipe}: `retrace run` plans anew"
+            )
+        metrics = _finite(paper.programs[spec.program].load()(spec.config, ctx))
         status = "DONE"
     except Diverged as error:
         status, reason = "DIVERGED", str(error)
@@ -120,6 +130,14 @@ def _program(run: RunDir, spec: RunSpec, command: str, *, store: Store, stop: th
         run.finish(status, metrics=metrics, reason=reason)  # after the record: finished means that the numbers are safe
     log.info("%s: %s", spec.id, status)
     return Outcome(status, "; ".join(filter(None, (reason, *ctx.warnings))))
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Raises ValueError, naming them, for metrics that no record can hold."""
+    wrong = ", ".join(f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value))
+    if wrong:
+        raise ValueError(f"measured {wrong}, and a result is finite: the model that it is of has exploded, or its data")
+    return dict(metrics)
 
 
 def _record(

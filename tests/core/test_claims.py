@@ -79,7 +79,7 @@ def test_reproduced_with_everything_that_it_was_computed_from() -> None:
         ({"direction": "up", "value": 0.5}, "reproduced"),
         ({"direction": "up", "value": 50.0, "unit": "points"}, "reproduced"),
         ({"direction": "up", "value": 0.9}, "direction only"),
-        ({"direction": "down", "value": 0.5}, "contradicted"),
+        ({"direction": "down", "value": -0.5}, "contradicted"),
     ],
 )
 def test_values_are_judged_at_the_scale_of_the_paper(expect: dict[str, Any], outcome: str) -> None:
@@ -402,3 +402,9 @@ def test_of_several_trainings_in_a_chain_only_the_last_has_the_say() -> None:
     assert len(samples.chains["size"]["big"][0].records) == 2
     assert samples.chains["size"]["big"][0].complete
     assert not samples.chains["size"]["small"][0].complete
+
+
+@pytest.mark.parametrize("expect", [{"direction": "down", "value": 5.0}, {"direction": "up", "value": -0.1}])
+def test_a_printed_value_on_the_other_side_of_its_direction_is_refused(expect: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected values above 0 with up, else below"):
+        claim(expect=expect)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from conftest import Run
@@ -30,6 +31,13 @@ def test_every_judged_claim_is_there_with_its_verdict_and_leads_to_the_report(tm
     for claim in CLAIMS:
         assert f'href="demo/index.html#claim-{claim.id}"' in files["index.html"]
     assert "(demo/REPORT.md)" in files["README.md"]
+
+
+def test_a_claim_that_two_scales_judge_counts_once_with_what_the_larger_says(tmp_path: Path) -> None:
+    laptop = judge_all(CLAIMS, records(), scale="laptop")
+    gpu = [replace(v, scale="gpu", outcome="contradicted") for v in laptop if v.outcome == "reproduced"]
+    build_overview([Judged(PAPER, {"laptop": laptop, "gpu": gpu[:1]}, tuple(records()))], now=NOW, out=tmp_path)
+    assert "3 of 7 judged claims of 1 paper reproduced." in (tmp_path / "README.md").read_text()
 
 
 def test_the_overview_fetches_nothing(tmp_path: Path) -> None:

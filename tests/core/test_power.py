@@ -136,6 +136,16 @@ def test_a_claim_of_another_test_takes_the_widest_of_its_like_and_says_so() -> N
     )
 
 
+def test_hours_that_leave_out_runs_of_unknown_time_are_told_as_the_least() -> None:
+    specs = plan([f"{SLUG}/thoughts"], ["scale=laptop"])
+    times: dict[str, Expected | None] = {spec.id: Expected(3600.0, measured=True) for spec in specs}
+    times[specs[0].id] = None
+    out = io.StringIO()
+    found = plan_power([claim()], {"laptop": [seen(claim(), 0.3, 0.1, 0.2)]}, specs, times, scale="laptop")
+    show(SLUG, found, "laptop", unit="core-hours", console=Console(file=out, width=200))
+    assert f"at least {(len(specs) - 1) / 3:.3g}" in out.getvalue()
+
+
 @pytest.mark.parametrize("scale", ["laptop", "gpu", "paper"])
 @pytest.mark.parametrize("paper", sorted(path.parent.name for path in CONFIGS.glob("*/claims.yaml")))
 def test_every_claim_of_a_scale_is_in_its_power_plan_once(paper: str, scale: str) -> None:

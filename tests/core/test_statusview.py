@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from retrace.core import statusview
 from retrace.core.plan import RunSpec, plan
 from retrace.core.statusview import named_runs
 from retrace.core.store import Store
@@ -55,3 +58,14 @@ def test_what_names_nothing_is_refused(store: Store, word: str) -> None:
         named_runs([word], store=store)
     with pytest.raises(ValueError, match="no run named"):
         named_runs(["scale=smoke"], store=store)
+
+
+def test_watching_goes_on_where_no_run_is_under_way_for_a_moment(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([True, False, True, False, False])
+
+    def look(*_: object, **__: object) -> statusview.Status:
+        return statusview.Status({}, frozenset(), "total", next(looks))
+
+    monkeypatch.setattr(statusview, "look", look)
+    statusview.watch(None, store=store, console=Console(file=io.StringIO()), every=0.0)
+    assert not list(looks)

@@ -1,17 +1,19 @@
 """Checkpoints: safetensors and JSON, whole or not at all, verified before they are believed.
 
     checkpoints/step_00000120/tensors.safetensors    trained parameters and optimizer moments
-                              state.json             step and whatever else the loop keeps
-                              manifest.json          size and SHA-256 of the two
+                              state.json             run, step and whatever else the loop keeps
+                              metrics.jsonl          the run's log so far: what happens to it beside them is mended
+                              manifest.json          size and SHA-256 of the others
 
-A damaged one is skipped for the one before it, and said so. There is no RNG state in it: noise is a function of
-(seed, step), see `core.data`. Nor is there a trace of how many processes wrote it: tensors stand in it whole, and each
-process that reads takes its part. Frozen parameters are not in it: they are as they were built.
+One that is damaged, another run's, or under another step's name is skipped for the one before it, and said so.
+
+There is no RNG state in it: noise is a function of (seed, step), see `core.data`. Nor is there a trace of how many
+processes wrote it: tensors stand in it whole, and each process that reads takes its part. Frozen parameters are not in
+it: they are as they were built.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -20,18 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from retrace.core.data import fingerprint
-from retrace.core.files import sync_folder, write_json
+from retrace.core import files
 
 KEEP = 2
-TENSORS, STATE = "tensors.safetensors", "state.json"
+TENSORS, STATE, LOG = "tensors.safetensors", "state.json", "metrics.jsonl"
 STEPS = "step_" + 8 * "[0-9]"
-LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # other errors say nothing of the file
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ def save(
     state: dict[str, Any],
     write: bool = True,
 ) -> None:
-    """Write step_<step> under `folder` and drop all but the last `KEEP`.
+    """Write step_<step> under `folder`, which is in that of its run, and drop all but the last `KEEP`.
 
     All processes must call it together, and one of them `write`s.
     """
@@ -106,21 +106,23 @@ def save(
     tensors = whole(tensors, keep=write)
     if not write:
         return
-    temporary, final = folder / ".tmp", folder / f"step_{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, final, log = folder / ".tmp", folder / f"step_{step:08d}", folder.parent / LOG
+    _remove(temporary)
     temporary.mkdir(parents=True)
-    save_file(tensors, temporary / TENSORS)
-    write_json(temporary / STATE, {**state, "step": step})
-    files = [temporary / TENSORS, temporary / STATE]
-    for file in files:
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-    write_json(temporary / "manifest.json", {f.name: [f.stat().st_size, fingerprint(f)] for f in files})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    sync_folder(folder)
+    try:
+        save_file(tensors, temporary / TENSORS)
+        files.write_json(temporary / STATE, {**state, "step": step, "run": folder.parent.name})
+        if log.exists():
+            shutil.copyfile(log, temporary / LOG)
+        files.seal(temporary)
+        _remove(final)
+        os.replace(temporary, final)
+    except BaseException:  # on a full disk it would be in the way of the reason, and of all other runs
+        _remove(temporary)
+        raise
+    files.sync_folder(folder)
     for old in sorted(folder.glob(STEPS))[:-KEEP]:
-        shutil.rmtree(old)
+        _remove(old)
 
 
 def newest(folder: Path) -> tuple[int, str]:
@@ -136,7 +138,7 @@ def newest(folder: Path) -> tuple[int, str]:
             step = int(path.name.removeprefix("step_"))
             break
         damaged.append(f"{path.name} is damaged ({damage})")
-        shutil.rmtree(path)
+        _remove(path)
     if not damaged:
         return step, ""
     instead = "none is left, so this run began anew" if step < 0 else f"this run went on from step {step}"
@@ -172,22 +174,20 @@ def _moments(optimizer: torch.optim.Optimizer, path: Path) -> dict[int, dict[str
 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name in (TENSORS, STATE):
-            file, (size, digest) = path / name, manifest[name]
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes, not {size}"
-            if fingerprint(file) != digest:
-                return f"{name} does not match its checksum"
-        with safe_open(path / TENSORS, "pt"):
-            pass
-    except OSError as error:
-        if error.errno not in LOST:
-            raise
-        return f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, TypeError, KeyError):
-        return "manifest.json is not readable"
-    except SafetensorError as error:
-        return f"{TENSORS}: {error}"
+    found = files.damage(path, needed=(TENSORS, STATE))
+    if found is not None:
+        return found
+    state = json.loads((path / STATE).read_text())
+    if state.get("run", path.parents[1].name) != path.parents[1].name:
+        return f"it is of {state['run']}"
+    if path.name != f"step_{state['step']:08d}":
+        return f"it is of step {state['step']}"
     return None
+
+
+def _remove(path: Path) -> None:
+    """A folder, or whatever has its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -37,6 +37,10 @@ class Expect(Frozen):
             raise ValueError(
                 f"direction={self.direction} with unit={self.unit}: a margin may be a share, and a value points"
             )
+        if self.value is not None and (self.value > 0) != (self.direction == "up"):
+            raise ValueError(
+                f"direction={self.direction} with value={self.value}: expected values above 0 with up, else below"
+            )
         return self
 
 

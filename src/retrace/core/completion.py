@@ -15,7 +15,7 @@ from retrace.core.discovery import configs_of, papers
 
 def complete_papers(incomplete: str) -> list[str]:
     """Slugs."""
-    return _starting(papers(), incomplete)
+    return _starting(_papers(), incomplete)
 
 
 def complete_scales(incomplete: str) -> list[str]:
@@ -37,11 +37,18 @@ def complete_words(ctx: typer.Context, incomplete: str) -> list[str]:
         return _starting([f"{key}={value}" for value in _values(key)], incomplete)
     if "/" in incomplete:
         return _starting(_targets(incomplete), incomplete)
-    offered = [name for slug in papers() for name in (slug, f"{slug}/")]  # two of them, or bash would add a space
+    offered = [name for slug in _papers() for name in (slug, f"{slug}/")]  # two of them, or bash would add a space
     return _starting(
         [*offered, *(f"{key}={value}" for key in ("scale", "hardware", "tracking") for value in _values(key))],
         incomplete,
     )
+
+
+def _papers() -> list[str]:
+    try:
+        return papers()
+    except ValueError:  # two packages bring one paper
+        return []
 
 
 def _values(key: str) -> list[str]:
@@ -53,7 +60,7 @@ def _values(key: str) -> list[str]:
 def _targets(incomplete: str) -> Iterator[str]:
     """`paper/ablation`, and `paper/ablation/arm` once the ablation is there."""
     slug, name, *arm = incomplete.split("/")
-    if slug not in papers():
+    if slug not in _papers():
         return
     folder = configs_of(slug) / "ablations"
     if not arm:

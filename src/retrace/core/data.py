@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,12 +68,6 @@ def micro_batches(
     for index in range(rank, batch_size // micro_batch_size, num_processes):
         start = step * batch_size + index * micro_batch_size
         yield index, range(start, start + micro_batch_size)
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shuffled(rows: range, *, num_rows: int, seed: int, purpose: str) -> Tensor:

@@ -65,10 +65,8 @@ def _software() -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield sys.version_info >= (3, 11), f"Python {version}", "install Python 3.11 or newer and run `make setup`"
     for package in _required():
-        try:
-            yield True, f"{package} {metadata.version(package)}", ""
-        except metadata.PackageNotFoundError:
-            yield False, package, "run `make setup`"
+        found = _version(package)
+        yield found is not None, f"{package} {found or ''}".rstrip(), "run `make setup`"
     commit = provenance.code()["git"]
     remedy = "records can't say which code made them: install git, and clone the repository instead of copying it"
     yield commit is not None or None, f"git: commit {commit[:12]}" if commit else "git: no commit known", remedy
@@ -86,17 +84,24 @@ def _required() -> list[str]:
     return [re.split(r"[^\w.-]", text)[0] for text in asked if "extra ==" not in text]
 
 
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _machine(home: Path) -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield True, f"{cores} cores: {provenance.processor()}", ""
     free, total = (value / 2**30 for value in (psutil.virtual_memory().available, psutil.virtual_memory().total))
     runs = max(1, int(free / WORKER_GIB))
     enough = f"a run takes {WORKER_GIB} GiB before it has a model: end other programs, or hardware.parallel_runs={runs}"
-    yield free > WORKER_GIB * cores, f"memory: {free:.1f} of {total:.1f} GiB free", enough
+    yield free > WORKER_GIB * cores or None, f"memory: {free:.1f} of {total:.1f} GiB free", enough
     gpus = _gpus()
     remedy = "not needed for scale=smoke and scale=laptop; hardware=gpu1, gpu8: run where `nvidia-smi` shows one"
     yield bool(gpus) or None, f"NVIDIA GPU{': ' if gpus else ''}{', '.join(gpus)}", remedy
-    if gpus and "+cpu" in metadata.version("torch"):
+    if gpus and "+cpu" in (_version("torch") or ""):
         yield False, "torch that can use the GPU", "this one is for CPUs alone: see https://pytorch.org/get-started"
     try:
         home.mkdir(parents=True, exist_ok=True)

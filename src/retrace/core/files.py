@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import uuid
 from pathlib import Path
 from typing import Any
+
+MANIFEST = "manifest.json"  # name -> size and SHA-256 of every other file of a sealed folder
+LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # other errors say nothing of a file
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -53,3 +58,40 @@ def try_json(path: Path) -> Any | None:
         return read_json(path)
     except ValueError:
         return None
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Make the files of a folder durable, and write down what they are."""
+    files = sorted(folder.iterdir())
+    for file in files:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    write_json(folder / MANIFEST, {file.name: [file.stat().st_size, fingerprint(file)] for file in files})
+
+
+def damage(folder: Path, *, needed: tuple[str, ...] = ()) -> str | None:
+    """What is wrong with a sealed folder, or None; it has `needed` files among others.
+
+    Raises OSError where a file is there and can't be opened, which damages nothing.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name in dict.fromkeys((*needed, *manifest)):
+            file, (size, digest) = folder / name, manifest[name]
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, not {size}"
+            if fingerprint(file) != digest:
+                return f"{name} does not match its checksum"
+    except OSError as error:
+        if error.errno not in LOST:
+            raise
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    except (ValueError, TypeError, KeyError):
+        return f"{MANIFEST} is not readable"
+    return None

@@ -23,6 +23,7 @@ from retrace.core.record import Record
 
 log = logging.getLogger("retrace")
 INIT_SECONDS = 20.0  # for W&B to answer
+_failed: list[str] = []  # attempts of this process: its next runs shall not wait again
 
 
 @dataclass(frozen=True)
@@ -102,15 +103,14 @@ def open_wandb(card: Card, *, mode: str, project: str, entity: str | None, folde
     # A killed process would otherwise lose up to 15 s of an offline run, its config included.
     settings = _settings(x_transaction_log_flush_interval=0.5)
     arguments = _arguments(card, project, folder) | {"entity": entity, "resume": "allow", "settings": settings}
-    try:
-        return Wandb(wandb.init(mode="online" if mode == "online" else "offline", **arguments))
-    except Exception as error:  # its classes are many, not all public, and none of them is worth the run
-        log.warning("W&B failed (%s); this process goes on offline, send its runs later with `wandb sync`", error)
-        if mode != "online":
-            return None
-        wandb.teardown()  # else the service holds the run's id for the online attempt
-        os.environ["WANDB_MODE"] = "offline"  # the next runs of this process shall not wait again
-        return Wandb(wandb.init(mode="offline", **arguments))
+    for attempt in ("online", "offline") if mode == "online" and not _failed else ("offline",):
+        try:
+            return Wandb(wandb.init(mode=attempt, **arguments))
+        except Exception as error:  # its classes are many, not all public, and none of them is worth the run
+            log.warning("W&B failed (%s); this process goes on offline, send its runs later with `wandb sync`", error)
+            _failed.append(attempt)
+            wandb.teardown()  # else the service holds the run's id for the attempt that failed
+    return None
 
 
 def write_offline(

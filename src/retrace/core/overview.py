@@ -49,19 +49,23 @@ class PaperView:
 def build_overview(papers: Sequence[Judged], *, now: datetime, out: Path) -> None:
     """Write index.html and README.md into `out`, the folder that holds the papers' reports."""
     views = [_view(judged) for judged in papers]
-    reproduced = sum(scale.counts["reproduced"] for view in views for scale in view.scales)
-    judged = sum(len(scale.judged) for view in views for scale in view.scales)
+    last = [_last_outcomes(judged.verdicts) for judged in papers]
     page: dict[str, Any] = {
         "papers": views,
         "now": now.strftime("%Y-%m-%d %H:%M %Z").strip(),
-        "reproduced": reproduced,
-        "judged": judged,
+        "reproduced": sum(outcome == "reproduced" for outcomes in last for outcome in outcomes.values()),
+        "judged": sum(map(len, last)),
         "without": [view.paper for view in views if not view.scales],
     }
     templates = environment()
     out.mkdir(parents=True, exist_ok=True)
     for name, template in (("index.html", "overview.html.j2"), ("README.md", "overview.md.j2")):
         (out / name).write_text(templates.get_template(template).render(page), encoding="utf-8")
+
+
+def _last_outcomes(verdicts: Mapping[str, Sequence[Verdict]]) -> dict[str, str]:
+    """Of each claim that was judged, by id, at the largest scale that judged it."""
+    return {v.claim.id: v.outcome for at in verdicts.values() for v in at if v.outcome in JUDGED}
 
 
 def _view(judged: Judged) -> PaperView:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrace.core import config
 from retrace.core.config import Experiment, Frozen, suggest
 from retrace.core.discovery import PAPERS, paper_packages, papers
 
@@ -91,9 +94,15 @@ class Paper:
 
 def load_paper(slug: str) -> Paper:
     """`PAPER` of `retrace.papers.<slug>`, or of the package that brings it; raises ValueError where there is none."""
+    return _load(slug, paper_packages().get(slug), config.CONFIGS)
+
+
+@lru_cache(maxsize=64)
+def _load(slug: str, entry: EntryPoint | None, configs: Path) -> Paper:  # noqa: ARG001 (`papers` looks there)
+    """It is asked for every run of a plan; what raises is not kept."""
     if slug not in papers():
         raise ValueError(f"{slug}: no such paper{suggest(slug, papers(), what='papers')}")
-    entry = paper_packages().get(slug) or EntryPoint(slug, f"{PAPERS}.{slug}:PAPER", PAPERS)
+    entry = entry or EntryPoint(slug, f"{PAPERS}.{slug}:PAPER", PAPERS)
     try:
         module = importlib.import_module(entry.module)
     except ModuleNotFoundError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +42,7 @@ class Power:
     planned: int
     hours: float | None
     why_not: str = ""  # where no number is enough
+    at_least: bool = False  # `hours` leave out runs of unknown time
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def plan_power(
         else:
             seeds = {label for s in runs for label in s.labels if label.rpartition("/s")[0] in arms}
             planned = len({label.rpartition("/s")[2] for label in seeds})
-            known.append(_power(claim, seen, planned, _hours_of_a_seed(runs, times, planned)))
+            found = _power(claim, seen, planned, _hours_of_a_seed(runs, times, planned))
+            known.append(replace(found, at_least=any(times[run.id] is None for run in runs)))
     return PowerPlan(tuple(known), tuple(unknown))
 
 
@@ -148,7 +150,7 @@ def show(slug: str, plan: PowerPlan, scale: str, *, unit: str, console: Console)
 def _cells(power: Power) -> tuple[str, ...]:
     seen, shown = power.seen, texts_of(power.seen.estimate, sign=True)
     where = f"{seen.scale}, n={len(seen.seeds)}" + ("" if seen.claim.id == power.claim.id else f", {seen.claim.id}")
-    hours = "-" if power.hours is None else f"{power.hours:,.3g}"
+    hours = "-" if power.hours is None else f"{'at least ' * power.at_least}{power.hours:,.3g}"
     difference = f"{shown.mean} {shown.interval}"
     return power.claim.id, difference, where, seen.outcome, str(power.planned), _needed(power), hours
 

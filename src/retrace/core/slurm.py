@@ -26,9 +26,10 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from retrace.core import snapshot, squeue
 from retrace.core.config import Hardware, SlurmJobs
 from retrace.core.launch import BUSY_SECONDS, Summary, depths, unfinished
+from retrace.core.lease import LEASE_SECONDS
 from retrace.core.plan import RunSpec
 from retrace.core.safety import own_folder, redact
-from retrace.core.store import LEASE_SECONDS, RunDir, Store
+from retrace.core.store import RunDir, Store
 from retrace.core.workers import Worker
 
 MAX_ARRAY = 1000  # Slurm's own default; what is more goes into a second array, after the first

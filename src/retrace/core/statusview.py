@@ -38,12 +38,15 @@ def print_status(specs: Sequence[RunSpec] | None, *, store: Store, console: Cons
 def watch(specs: Sequence[RunSpec] | None, *, store: Store, console: Console, every: float) -> None:
     """The runs that are not finished, looked at every so many seconds until nothing goes on; then all, as they are.
 
+    Nothing goes on where nothing did at two looks: between two runs of a sweep there may be none for a moment.
     Into a pipe a line comes when it has changed.
     """
     printed: dict[str, str] = {}
     screen = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+    before = False
     with screen or contextlib.nullcontext():
-        while (status := look(specs, store=store)).live:
+        while (status := look(specs, store=store)).live or before:
+            before = status.live
             open_lines = [line for run_id, line in status.lines.items() if run_id not in status.finished]
             if screen is not None:
                 screen.update(Text("\n".join([*open_lines[: console.height - 3], status.total])), refresh=True)

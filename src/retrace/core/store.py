@@ -17,31 +17,23 @@ Every file is written whole or not at all, so a run killed at any instant leaves
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-import socket
-import threading
-import time
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from retrace.core.config import HOME, Hardware, Tracking, validate
-from retrace.core.files import read_json, sync_folder, try_json, write_atomic, write_json
-from retrace.core.identity import science
+from retrace.core.files import MANIFEST, damage, read_json, seal, sync_folder, try_json, write_atomic, write_json
+from retrace.core.identity import run_id, science
+from retrace.core.lease import Leased
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
 from retrace.core.record import Record
 
-HEARTBEAT_SECONDS = 10.0
 FINISHED = ("DONE", "DIVERGED")
-LEASE_SECONDS = 90.0  # a lease of another host is dead after this long without a heartbeat
-LOCK = ".lock"
-LOOKS, LOOK_SECONDS = 5, 0.02
 
 
 @dataclass(frozen=True)
@@ -60,17 +52,8 @@ class State:
         return self.status in FINISHED
 
 
-class Busy(RuntimeError):
-    """Somebody alive holds the lease of this run."""
-
-
-class RunDir:
-    """One run on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.id = path.name
-        self.lost = threading.Event()  # another host has taken the lease that this process holds
+class RunDir(Leased):
+    """One run on disk. Who carries it out holds its lease (core/lease.py)."""
 
     def freeze(self, spec: RunSpec, *, command: str) -> None:
         """Write config.json; a run that is already frozen has its placement renewed, and gains labels."""
@@ -95,20 +78,33 @@ class RunDir:
         program = load_paper(tree["paper"]).programs[tree["program"]]
         command = tree.pop("command")
         tree["config"] = validate(program.config, tree["config"], source=str(self.path))
+        self._check_identity(tree)
         tree["hardware"] = validate(Hardware, tree["hardware"], source=str(self.path))
         tree["tracking"] = validate(Tracking, tree["tracking"], source=str(self.path))
         tree["labels"] = tuple(tree["labels"])
         tree["accepts_diverged"] = program.accepts_diverged
         return RunSpec(**tree), command
 
+    def _check_identity(self, tree: Mapping[str, Any]) -> None:
+        """Raises ValueError for a config that somebody has edited: the id promises its numbers."""
+        parts = {name: tree[name] for name in ("paper", "program", "recipe", "scale", "config", "parents")}
+        seed = getattr(tree["config"], "seed", tree["seed"])
+        if (run_id(**parts), tree["id"], tree["seed"]) != (self.id, self.id, seed):
+            raise ValueError(
+                f"{self.path / 'config.json'}: it was changed, and is not what {self.id} stands for: `retrace run` "
+                "writes it anew; to try something else, give it overrides"
+            )
+
     def state(self) -> State:
-        progress = try_json(self.path / "progress.json") or {}  # never fsynced: a power cut may leave it empty
+        progress = self._progress()
         try:
             result = read_json(self.path / "result.json") or {"status": "PLANNED"}
+            status, reason = result["status"], result.get("reason", "")
         except ValueError as error:  # one run's trouble, which is told in its line; it is run again
-            result = {"status": "FAILED", "reason": str(error)}
-        status, reason = result["status"], result.get("reason", "")
-        if status in ("PLANNED", "FAILED") and self._holder():
+            status, reason = "FAILED", str(error)
+        except (TypeError, KeyError):
+            status, reason = "FAILED", f"{self.path / 'result.json'}: not a result"
+        if status in ("PLANNED", "FAILED") and self.holder():
             status, reason = "RUNNING", ""
         return State(status, progress.get("step", 0), progress.get("total", 0), progress.get("seconds_left"), reason)
 
@@ -117,7 +113,12 @@ class RunDir:
 
     def spent(self) -> float:
         """Seconds that the run had taken when it last said how far it was, over all processes that carried it out."""
-        return float((try_json(self.path / "progress.json") or {}).get("seconds", 0.0))
+        return float(self._progress().get("seconds", 0.0))
+
+    def _progress(self) -> dict[str, Any]:
+        """How far the run is; it is never fsynced, so a power cut may leave it empty."""
+        found = try_json(self.path / "progress.json")
+        return found if isinstance(found, dict) else {}
 
     def progress(self, *, step: int, total: int, seconds_left: float | None, seconds: float) -> None:
         """Say how far the run is; no fsync, since the next one follows soon. Raises `Busy` where the lease is lost."""
@@ -143,102 +144,25 @@ class RunDir:
         temporary, final = self.path / f".{name}.tmp", self.path / name
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        try:
+            yield temporary
+            seal(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+        except BaseException:  # on a full disk it would be in the way of the reason, and of all other runs
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         sync_folder(self.path)
 
-    @contextlib.contextmanager
-    def lease(self) -> Iterator[None]:
-        """Hold the run: raises `Busy` while somebody alive holds it, takes over from the dead.
-
-        On one host the system's lock says who lives: it ends with its process and asks no clock.
-        """
-        path = self.path / "lease.json"
-        with open(self.path / LOCK, "w") as lock:
-            if not _lock(lock):
-                raise Busy(f"{self.id} is being run by {self._holder() or 'another process'}")
-            os.utime(lock.fileno())  # the time of the disk's clock, which may not be that of this host
-            owner = read_json(path)
-            now = os.fstat(lock.fileno()).st_mtime
-            if owner and owner["host"] != socket.gethostname() and self._beats(now):
-                raise Busy(f"{self.id} is being run by {_name(owner)}")
-            with self._held(path):
-                yield
-
-    @contextlib.contextmanager
-    def _held(self, path: Path) -> Iterator[None]:
-        """Write the lease that others read, keep it young, and remove it."""
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": uuid.uuid4().hex}
-        write_json(path, owner)
-        stop = threading.Event()
-
-        def beat() -> None:
-            while not stop.wait(HEARTBEAT_SECONDS):
-                if try_json(path) != owner:  # a host for which this one was dead, as one that sleeps or loses its disk
-                    self.lost.set()
-                    return
-                os.utime(path)
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            if try_json(path) == owner:
-                path.unlink(missing_ok=True)
-
-    def check_lease(self) -> None:
-        """Raises `Busy` where the lease is lost: what is written now would fall among the files of another process."""
-        if self.lost.is_set():
-            raise Busy(
-                f"{self.id} was taken over by {self._holder() or 'another process'}, which took this one for dead"
-            )
-
-    def _holder(self) -> str | None:
-        """'host:pid' of a live owner, else None."""
-        owner = try_json(self.path / "lease.json")
-        if owner is None:
-            return None
-        here = owner["host"] == socket.gethostname()
-        return _name(owner) if (self._locked() if here else self._beats(time.time())) else None
-
-    def _locked(self) -> bool:
-        """Whether a process of this host holds the run."""
-        try:
-            with open(self.path / LOCK) as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
-
-    def _beats(self, now: float) -> bool:
-        """Whether the lease is young. One from the future is as old as it is far: a clock was set back since."""
-        try:
-            return abs(now - (self.path / "lease.json").stat().st_mtime) < LEASE_SECONDS
-        except FileNotFoundError:
-            return False
-
-
-def _lock(file: TextIO) -> bool:
-    """Lock an open file for this process; False where another holds it, and not just looks at it for a moment."""
-    for _ in range(LOOKS):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        time.sleep(LOOK_SECONDS)
-    return False
-
-
-def _name(owner: Mapping[str, Any]) -> str:
-    return f"{owner['host']}:{owner['pid']}"
+    def check_folders(self) -> None:
+        """Raises ValueError where a folder that the run left is not what it wrote; without a seal nothing is known."""
+        for manifest in sorted(self.path.glob(f"*/{MANIFEST}")):
+            found = damage(manifest.parent)
+            if found is not None:
+                raise ValueError(
+                    f"runs/{self.id}/{manifest.parent.name}: is damaged ({found}): delete runs/{self.id}, and the same "
+                    "command makes it again"
+                )
 
 
 class Store:

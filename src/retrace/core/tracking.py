@@ -41,10 +41,14 @@ class Tracker:
         """That the run has taken, in this process and in those before it."""
         return self._before + time.monotonic() - self._began
 
-    def resume(self, step: int) -> None:
-        """Forget lines after `step`: a killed run may have logged past its last checkpoint."""
-        if self._main and self._path.exists():
-            kept = [line for line in read_lines(self._path) if line["step"] <= step]
+    def resume(self, step: int, *, saved: Path | None = None) -> None:
+        """Forget lines after `step`: a killed run may have logged past its last checkpoint, which has the log `saved`.
+
+        What is there of the log may be cut or gone, so that copy of it is the better one.
+        """
+        source = saved if saved is not None and saved.exists() else self._path
+        if self._main and source.exists():
+            kept = [line for line in read_lines(source) if line["step"] <= step]
             write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept))
             self._tell(lambda mirror: mirror.rewind(kept))
 
@@ -114,7 +118,7 @@ def wandb_mode(tracking: Tracking) -> str:
     """'online', 'offline' or 'off'; auto is online with an API key and offline without, or what WANDB_MODE says."""
     if tracking.wandb != "auto":
         return tracking.wandb
-    asked = os.environ.get("WANDB_MODE")  # a user's, or ours after a failure
+    asked = os.environ.get("WANDB_MODE")
     if asked:
         return {"disabled": "off"}.get(asked, asked)
     return "online" if os.environ.get("WANDB_API_KEY") or _netrc_has_key() else "offline"

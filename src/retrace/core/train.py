@@ -60,7 +60,8 @@ def fit(
     labels of the update, however they are shared out. A micro-batch of weight 0 counts nothing, even if it is the only
     one.
 
-    Raises `Diverged` when the loss is not finite, `Stopped` (after a checkpoint) when the context asks to stop.
+    Raises `Diverged` when the loss is not finite, or a weight behind the last update, and `Stopped` (after a
+    checkpoint) when the context asks to stop.
     """
     if ctx.hardware.activation_checkpointing:
         _checkpoint_activations(model)
@@ -79,7 +80,7 @@ def fit(
         ctx.warn(damage)
     if found >= 0:
         state = checkpoint.restore(folder, step=found, model=inner, optimizer=optimizer)
-    ctx.tracker.resume(state["step"])
+    ctx.tracker.resume(state["step"], saved=folder / f"step_{found:08d}" / checkpoint.LOG)
     began, spent, start = time.monotonic(), state["seconds"], state["step"]
     saved, last = began, dict(state["last"])
 
@@ -146,6 +147,10 @@ def fit(
         if stopping:
             raise Stopped(f"stopped at step {done} of {optim.steps}")
     seconds = spent + time.monotonic() - began
+    exploded = _exploded(inner)  # in the last update, which no loss has seen
+    if any(parallel.any_process(accelerator, exploded is not None)):
+        ctx.cost["seconds"] = seconds
+        raise Diverged(optim.steps, last, what=exploded or "a weight")
     ctx.cost.update(
         tokens=cost.tokens,
         flops=cost.flops,
@@ -153,6 +158,12 @@ def fit(
         mfu=mfu(cost.flops, seconds, ctx.hardware.peak_flops, world),
     )
     return last
+
+
+def _exploded(model: nn.Module) -> str | None:
+    """The first trained parameter that is not finite, if any, as far as this process has it."""
+    trained = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters())
+    return next((name for name, p in trained if p.requires_grad and not bool(p.isfinite().all())), None)
 
 
 def _adamw(groups: Sequence[Group], optim: Optim) -> torch.optim.AdamW:
