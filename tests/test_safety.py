@@ -20,7 +20,7 @@ from conftest import TINY, Run
 from transformers import LlamaConfig
 
 from retrace import worker
-from retrace.core import checkpoint, snapshot, squeue
+from retrace.core import checkpoint, files, snapshot, squeue
 from retrace.core.config import SlurmJobs, validate
 from retrace.core.files import write_json
 from retrace.core.plan import Ablation
@@ -155,7 +155,7 @@ def test_pickles_among_checkpoints_are_not_read(trap: Trap, tmp_path: Path) -> N
     step = tmp_path / "checkpoints" / "step_00000007"
     for name in ("tensors.safetensors", "optimizer.pt", "state.json"):
         trap.lay(step / name)
-    size, digest = trap.file.stat().st_size, checkpoint.fingerprint(trap.file)
+    size, digest = trap.file.stat().st_size, files.fingerprint(trap.file)
     write_json(step / "manifest.json", {"tensors.safetensors": [size, digest], "state.json": [size, digest]})
     assert checkpoint.newest(step.parent)[0] == -1
     assert not step.exists()

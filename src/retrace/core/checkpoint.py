@@ -177,8 +177,11 @@ def _damage(path: Path) -> str | None:
     found = files.damage(path, needed=(TENSORS, STATE))
     if found is not None:
         return found
-    state = json.loads((path / STATE).read_text())
-    if state.get("run", path.parents[1].name) != path.parents[1].name:
+    try:
+        state = json.loads((path / STATE).read_bytes())
+    except ValueError:
+        return f"{STATE} is not JSON"
+    if state["run"] != path.parents[1].name:
         return f"it is of {state['run']}"
     if path.name != f"step_{state['step']:08d}":
         return f"it is of step {state['step']}"

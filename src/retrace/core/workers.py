@@ -29,7 +29,7 @@ from retrace.core.store import FINISHED, RunDir
 
 END_SECONDS = 20.0  # that a process has to end, from the moment at which it is of no use any more
 SETTLE_SECONDS = 1.0  # from the first failure of a rank to the news of a signal that may be behind it
-WATCH_SECONDS = 10.0
+WATCH_SECONDS = 10.0  # between two looks at whether a run is over
 DRAIN_SECONDS = 5.0  # for the last words of a process that has ended
 ASKED = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1, -signal.SIGUSR2, 3)  # how a worker ends that is to stop
 
@@ -197,11 +197,12 @@ def _verdict(heard: Mapping[int, tuple[str, str]]) -> tuple[str, str]:
 
 def _end_with(process: subprocess.Popen[str], run: RunDir) -> None:
     """End a process other than the first when its run is over: it may wait, for torch's half an hour, to begin."""
-    while process.poll() is None and not run.state().finished:
-        time.sleep(WATCH_SECONDS)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=END_SECONDS)
-        return
+    over = False
+    while not over:
+        over = run.state().finished
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=END_SECONDS if over else WATCH_SECONDS)
+            return
     process.kill()
 
 

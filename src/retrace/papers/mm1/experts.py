@@ -42,7 +42,7 @@ class Experts(nn.Module):
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C)."""
         x_TC = x_BTC.flatten(0, -2)
-        logits_TX = F.linear(x_TC.float(), self.router.weight.float())  # in fp32, as ST-MoE: rounding would route
+        logits_TX = F.linear(x_TC.float(), self.router.weight.float())  # fp32, as ST-MoE: rounding changes the choice
         probs_TX = logits_TX.softmax(-1)
         weight_TK, expert_TK = probs_TX.topk(self.top_k)
         weight_TK = (weight_TK / weight_TK.sum(-1, keepdim=True)).to(x_TC.dtype)
