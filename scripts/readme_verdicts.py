@@ -11,27 +11,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from retrace.core.claims import load_claims, load_words
-from retrace.core.discovery import configs_of
-from retrace.core.plan import load_ablations
 from retrace.core.reportview import summary, view_verdict
-from retrace.core.results import planned_runs
+from retrace.core.results import PaperResults, load_results
 from retrace.core.store import Store
-from retrace.core.verdicts import JUDGED, Verdict, judge_all
+from retrace.core.verdicts import JUDGED, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACE = re.compile(
     r"(<!-- verdicts of (\w+) at (\w+)( by ablation)?: [^\n]*-->\n).*?(<!-- end of verdicts -->)", re.DOTALL
 )
-
-
-def verdicts_of(slug: str, scale: str) -> tuple[Verdict, ...]:
-    """Of every claim of a paper, at one scale."""
-    store = Store(ROOT)
-    claims = load_claims(configs_of(slug) / "claims.yaml")
-    records = store.records(slug)
-    return judge_all(claims, records, scale=scale, planned=planned_runs(slug, records, scale=scale, store=store))
 
 
 def table(verdicts: list[Verdict], *, paper: bool) -> Iterator[str]:
@@ -45,10 +34,10 @@ def table(verdicts: list[Verdict], *, paper: bool) -> Iterator[str]:
         yield f"| {claim.says} |{printed} {found} | {len(verdict.seeds)} | **{verdict.outcome}** |"
 
 
-def by_ablation(slug: str, scale: str, verdicts: list[Verdict]) -> Iterator[str]:
+def by_ablation(results: PaperResults, scale: str, verdicts: list[Verdict]) -> Iterator[str]:
     """The question of each ablation, its judged claims, and the figures of what they compare."""
-    words = load_words(configs_of(slug) / "metrics.yaml")
-    ablations = load_ablations(slug)
+    slug, words = results.paper.slug, results.words
+    ablations = {ablation.name: ablation for ablation in results.ablations}
     for name in dict.fromkeys(verdict.claim.ablation for verdict in verdicts):  # the claims are in the paper's order
         ablation = ablations[name]
         own = [verdict for verdict in verdicts if verdict.claim.ablation == name]
@@ -77,7 +66,8 @@ def figures(slug: str, ablation: str, metrics: dict[str, str]) -> Iterator[tuple
 
 def section(slug: str, scale: str, *, ablations: bool) -> str:
     """What stands at one place."""
-    found = verdicts_of(slug, scale)
+    results = load_results(slug, store=Store(ROOT), scale=scale)
+    found = results.verdicts[scale]
     judged = [verdict for verdict in found if verdict.outcome in JUDGED]
     if not judged:
         return f"No run of scale {scale} is on record yet: `make reproduce-{slug} SCALE={scale}`."
@@ -85,7 +75,7 @@ def section(slug: str, scale: str, *, ablations: bool) -> str:
         return "\n".join(table(judged, paper=False))
     report = f"[the report](../results/{slug}/REPORT.md)"
     lines = [f"{summary(found, scale=scale)} Every sample, the curves and the commands: {report}.", ""]
-    return "\n".join([*lines, *by_ablation(slug, scale, judged)]).rstrip()
+    return "\n".join([*lines, *by_ablation(results, scale, judged)]).rstrip()
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ PAPERS = sorted(path.name for path in (SOURCE / "papers").iterdir() if (path / "
 LAYER_0 = {
     "cli", "core.boards", "core.claims", "core.completion", "core.compose", "core.config", "core.cost",
     "core.dashboard", "core.discovery", "core.doctor", "core.figures", "core.files", "core.identity", "core.launch",
-    "core.memo", "core.memory", "core.mirrors", "core.outlook", "core.overview", "core.pages", "core.paper",
+    "core.memo", "core.memory", "core.mirrors", "core.outlook", "core.pages", "core.paper",
     "core.plan", "core.planview", "core.power", "core.profiles", "core.progress", "core.provenance", "core.publish",
     "core.record", "core.report", "core.reportfigures", "core.reportruns", "core.reportview", "core.results",
     "core.samplefigure", "core.samples", "core.scales", "core.slurm", "core.snapshot", "core.squeue", "core.stats",
@@ -30,7 +30,6 @@ HOMES = {
     "trackio": ("core.mirrors",), "wandb_workspaces": ("core.boards", "core.upload"),
 }  # fmt: skip
 PURE = {
-    "core.overview",
     "core.pages",
     "core.report",
     "core.reportfigures",

@@ -94,7 +94,7 @@ def plan(
     targets, overrides = split(words)
     specs = planning.plan(targets, overrides)
     if power:
-        from retrace.core.results import print_power
+        from retrace.core.power import print_power
 
         print_power(specs, store=Store(), console=console)
     else:
@@ -188,19 +188,30 @@ def report(
 
     Starts no run and needs none on disk: the records in results/ are enough.
     """
-    from retrace.core import results
+    from datetime import UTC, datetime
+
+    from retrace.core.outlook import outlooks
+    from retrace.core.report import build_overview, build_report, print_verdicts
+    from retrace.core.results import load_results, scales_of
     from retrace.core.store import Store
 
     for slug in slugs or ():
         if "=" in slug or "/" in slug:
             raise ValueError(f"{slug}: `report` takes papers and --scale, as in retrace report quietstar --scale gpu")
         load_paper(slug)
-    store = Store()
-    judged = {slug: results.judge_paper(slug, store=store) for slug in papers()}
-    for slug in slugs or [slug for slug, found in judged.items() if found.records]:
-        results.report(judged[slug], scale=scale, store=store, console=console)
-    here = [found for slug, found in judged.items() if (store.results / slug).is_dir()]
-    results.overview(here, store=store, console=console)
+    store, now = Store(), datetime.now(UTC)
+    asked = slugs or [slug for slug in papers() if store.has_records(slug)]
+    known = {slug: load_results(slug, store=store, scale=scale if slug in asked else None) for slug in papers()}
+    for slug in asked:
+        results, out = known[slug], store.results / slug
+        store.remove_orphaned_pages(slug)
+        outlook = outlooks(slug, results.claims, scales=scales_of(slug), records=results.records)
+        build_report(results, scale=scale, now=now, out=out, outlook=outlook)
+        print_verdicts(results.verdicts[scale], console=console)
+        console.print(f"\nreport: {out / 'index.html'} and REPORT.md beside it", soft_wrap=True)
+    here = [results for slug, results in known.items() if (store.results / slug).is_dir()]
+    build_overview(here, now=now, out=store.results)
+    console.print(f"all papers: {store.results / 'index.html'} and README.md beside it", soft_wrap=True)
 
 
 @app.command(epilog=teach("publish"))

@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from conftest import Run
-from test_scales import CLAIMS, NOW, PAPER, records
+from test_scales import NOW, PAPER, results
 
-from retrace.core.overview import Judged, build_overview
-from retrace.core.verdicts import judge_all
+from retrace.core.report import build_overview
+from retrace.core.results import judge_paper
 
 
 def built(out: Path) -> dict[str, str]:
-    judged = Judged(PAPER, {"laptop": judge_all(CLAIMS, records(), scale="laptop")}, tuple(records()))
-    empty = Judged(PAPER.__class__(**{**PAPER.__dict__, "slug": "empty", "title": "Empty: nothing"}), {}, ())
-    build_overview([judged, empty], now=NOW, out=out)
+    nothing = replace(PAPER, slug="empty", title="Empty: nothing")
+    empty = judge_paper(nothing, claims=(), ablations=(), records=(), planned={})
+    build_overview([results("laptop"), empty], now=NOW, out=out)
     return {name: (out / name).read_text() for name in ("index.html", "README.md")}
 
 
@@ -25,18 +25,19 @@ def test_every_judged_claim_is_there_with_its_verdict_and_leads_to_the_report(tm
     for text in files.values():
         assert "4 of 7 judged claims of 1 paper reproduced." in text
         assert "empty: no records that judge a claim yet." in text
-        for claim in CLAIMS:
+        for claim in results("laptop").claims:
             assert claim.says in text
         assert text.count("retrace report empty") == 1
-    for claim in CLAIMS:
+    for claim in results("laptop").claims:
         assert f'href="demo/index.html#claim-{claim.id}"' in files["index.html"]
     assert "(demo/REPORT.md)" in files["README.md"]
 
 
 def test_a_claim_that_two_scales_judge_counts_once_with_what_the_larger_says(tmp_path: Path) -> None:
-    laptop = judge_all(CLAIMS, records(), scale="laptop")
+    both = results("laptop", "gpu")
+    laptop = both.verdicts["laptop"]
     gpu = [replace(v, scale="gpu", outcome="contradicted") for v in laptop if v.outcome == "reproduced"]
-    build_overview([Judged(PAPER, {"laptop": laptop, "gpu": gpu[:1]}, tuple(records()))], now=NOW, out=tmp_path)
+    build_overview([replace(both, verdicts={"laptop": laptop, "gpu": gpu[:1]})], now=NOW, out=tmp_path)
     assert "3 of 7 judged claims of 1 paper reproduced." in (tmp_path / "README.md").read_text()
 
 

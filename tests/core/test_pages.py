@@ -16,6 +16,7 @@ from retrace.core.paper import Paper
 from retrace.core.plan import Ablation, RunSpec
 from retrace.core.record import Record
 from retrace.core.report import build_report
+from retrace.core.results import PaperResults, judge_paper
 from retrace.core.store import Store
 from retrace.core.tracking import Tracker
 
@@ -56,6 +57,10 @@ def finished(store: Store, run_id: str, *, arm: str = "big", name: str = "though
     ctx.attach(name, f"<p>{run_id}</p>")  # a run that goes on after a kill attaches its page again
     store.write_record(record(run_id, arm=arm, pages=tuple(ctx.pages)))
     return store.page_path("demo", run_id, name)
+
+
+def reported(found: list[Record]) -> PaperResults:
+    return judge_paper(PAPER, claims=(), ablations=(SIZE,), records=found, planned={"laptop": ()})
 
 
 def test_a_page_stands_with_the_record_that_names_it(tmp_path: Path) -> None:
@@ -112,7 +117,7 @@ def test_the_report_links_the_pages_that_exist_and_shows_the_main_arm_first(tmp_
     lost = finished(store, "demo-evaluate-4", arm="small", name="lost")
     lost.unlink()
     now = datetime(2026, 11, 24, tzinfo=UTC)
-    build_report(PAPER, claims=(), ablations=(SIZE,), records=store.records("demo"), scale="laptop", now=now, out=out)
+    build_report(reported(store.records("demo")), scale="laptop", now=now, out=out)
     for name, pattern in (("index.html", r'href="(pages/[^"]+)"'), ("REPORT.md", r"\]\((pages/[^)]+)\)")):
         text = (out / name).read_text()
         links = re.findall(pattern, text)
@@ -125,9 +130,7 @@ def test_the_report_links_the_pages_that_exist_and_shows_the_main_arm_first(tmp_
 
 def test_a_report_without_pages_says_nothing_of_them(tmp_path: Path) -> None:
     now = datetime(2026, 11, 24, tzinfo=UTC)
-    build_report(
-        PAPER, claims=(), ablations=(SIZE,), records=[record("demo-evaluate-1")], scale="laptop", now=now, out=tmp_path
-    )
+    build_report(reported([record("demo-evaluate-1")]), scale="laptop", now=now, out=tmp_path)
     for name in ("index.html", "REPORT.md"):
         assert "pages/" not in (tmp_path / name).read_text()
         assert "Look inside" not in (tmp_path / name).read_text()

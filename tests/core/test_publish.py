@@ -18,7 +18,7 @@ from core.test_tracking import wandb_records
 from rich.console import Console
 from wandb_server import KEY, Kept, wandb_server
 
-from retrace.core import boards, results
+from retrace.core import boards
 from retrace.core.claims import load_words
 from retrace.core.config import CONFIGS
 from retrace.core.mirrors import Card
@@ -26,6 +26,7 @@ from retrace.core.paper import load_paper
 from retrace.core.plan import load_ablations
 from retrace.core.publish import chosen, printed, publish, rebuild
 from retrace.core.record import Record
+from retrace.core.results import load_results
 from retrace.core.store import Store
 
 COMMITTED = Path(__file__).resolve().parents[2] / "results" / "quietstar" / "records"
@@ -154,7 +155,7 @@ def test_a_broken_metrics_jsonl_is_named_and_nothing_is_written(store: Store, re
 
 
 def test_what_the_paper_prints_is_a_straight_line_over_the_seeds_of_the_arms(store: Store) -> None:
-    (first, _) = boards.printed_levels(results.judge_paper("quietstar", store=store).verdicts["laptop"])
+    (first, _) = boards.printed_levels(load_results("quietstar", store=store).verdicts["laptop"])
     run = printed("quietstar", first)
     values = [
         record.metrics["chains_direct/prob"] for record in store.records("quietstar")
@@ -180,7 +181,7 @@ def passes(card: Card, filters: list[dict[str, Any]]) -> bool:
 
 
 def test_every_panel_of_the_report_finds_runs_with_its_metric_and_their_arms(store: Store) -> None:
-    verdicts = results.judge_paper("quietstar", store=store).verdicts
+    verdicts = load_results("quietstar", store=store).verdicts
     board = boards.build_board(
         load_paper("quietstar"), entity="me", project="p", ablations=list(load_ablations("quietstar").values()),
         records=store.records("quietstar"), verdicts=verdicts, words=load_words(CONFIGS / "quietstar" / "metrics.yaml"),
@@ -208,7 +209,7 @@ def test_every_panel_of_the_report_finds_runs_with_its_metric_and_their_arms(sto
 
 
 def test_the_verdict_table_has_every_claim_with_its_verdict_and_the_papers_words(store: Store) -> None:
-    verdicts = results.judge_paper("quietstar", store=store).verdicts["laptop"]
+    verdicts = load_results("quietstar", store=store).verdicts["laptop"]
     rows = boards.verdict_table(verdicts).splitlines()[2:]
     assert len(rows) == len(verdicts) > 30
     for row, verdict in zip(rows, verdicts, strict=True):

@@ -22,6 +22,7 @@ from retrace.core.paper import Paper
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
 from retrace.core.report import build_report, print_verdicts
+from retrace.core.results import PaperResults, judge_paper
 from retrace.core.samples import Planned
 from retrace.core.svg import number, ticks
 
@@ -80,11 +81,14 @@ def records() -> list[Record]:
     return found
 
 
+def results(planned: tuple[Planned, ...] = (), **changes: Any) -> PaperResults:
+    values: dict[str, Any] = {"claims": CLAIMS, "ablations": (SIZE, DEPTH), "records": records()}
+    return judge_paper(PAPER, planned={"laptop": planned}, **(values | changes))
+
+
 def build(out: Path, found: list[Record] | None = None, planned: tuple[Planned, ...] = ()) -> dict[str, str]:
     found = records() if found is None else found
-    build_report(
-        PAPER, claims=CLAIMS, ablations=(SIZE, DEPTH), records=found, scale="laptop", now=NOW, out=out, planned=planned
-    )
+    build_report(results(planned, records=found), scale="laptop", now=NOW, out=out)
     return {str(path.relative_to(out)): path.read_text() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
@@ -196,11 +200,8 @@ def test_what_failed_is_told_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_the_terminal_table(tmp_path: Path) -> None:
-    verdicts = build_report(
-        PAPER, claims=CLAIMS, ablations=(SIZE,), records=records(), scale="laptop", now=NOW, out=tmp_path
-    )
     console = Console(width=160, record=True, file=open(tmp_path / "terminal", "w"))  # noqa: SIM115
-    print_verdicts(verdicts, console=console)
+    print_verdicts(results().verdicts["laptop"], console=console)
     shown = console.export_text()
     assert "<script>" in shown
     told = "At scale laptop, 0 of 3 judged claims reproduced, 3 inconclusive; 1 without records, 1 needs another scale."
@@ -233,7 +234,7 @@ def test_five_thousand_records_are_reported_in_two_seconds(tmp_path: Path) -> No
     wide = SIZE.model_copy(update={"arms": arms, "baseline": "arm0", "seeds": tuple(range(250))})
     claims = [claim(compare=("arm1", "arm0"))]
     began = time.process_time()
-    build_report(PAPER, claims=claims, ablations=[wide], records=many, scale="laptop", now=NOW, out=tmp_path)
+    build_report(results(claims=claims, ablations=[wide], records=many), scale="laptop", now=NOW, out=tmp_path)
     assert time.process_time() - began < 2.0
 
 
@@ -266,10 +267,7 @@ def test_every_outcome_can_be_chosen_and_marks_its_claims(files: dict[str, str])
 def test_metrics_are_told_in_words_and_ablations_come_in_the_order_of_the_claims(tmp_path: Path) -> None:
     claims = (claim(id="flat", ablation="depth", compare=("deep", "flat")), claim())
     words = {"task/prob": "probability of the right answer"}
-    build_report(
-        PAPER, claims=claims, ablations=(SIZE, DEPTH), records=records(), scale="laptop", now=NOW, out=tmp_path,
-        words=words,
-    )  # fmt: skip
+    build_report(results(claims=claims, words=words), scale="laptop", now=NOW, out=tmp_path)
     for name in ("index.html", "REPORT.md", "figures/size--task-prob.svg"):
         assert "probability of the right answer" in (tmp_path / name).read_text()
     page = (tmp_path / "index.html").read_text()
@@ -282,10 +280,7 @@ def test_what_was_not_run_is_told_with_its_cost(tmp_path: Path) -> None:
         "gpu", ("later",), need, (need, Need("depth", 1, 1e9, None)), "GPU-hours", "planned", "retrace plan demo",
         "retrace run demo",
     )  # fmt: skip
-    build_report(
-        PAPER, claims=CLAIMS, ablations=(SIZE,), records=records(), scale="laptop", now=NOW, out=tmp_path,
-        outlook=(look,),
-    )  # fmt: skip
+    build_report(results(), scale="laptop", now=NOW, out=tmp_path, outlook=(look,))
     for name in ("index.html", "REPORT.md"):
         text = (tmp_path / name).read_text()
         for told in ("3 runs not on record", "about 1.2 GPU-hours", "2.5P FLOPs", "retrace plan demo", "not known"):

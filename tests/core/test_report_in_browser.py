@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser, chromium
-from test_report import CLAIMS, DEPTH, NOW, PAPER, SIZE, records
+from test_report import NOW, records, results
 from test_scales import verdicts
 
 from retrace.core.outlook import Need, Outlook
-from retrace.core.overview import Judged, build_overview
 from retrace.core.record import Record
-from retrace.core.report import build_report
-from retrace.core.verdicts import judge_all
+from retrace.core.report import build_overview, build_report
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 COMMITTED = [page.relative_to(RESULTS).as_posix() for page in sorted(RESULTS.glob("**/index.html"))]
@@ -93,12 +92,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("pages")
     need = Need("size", 3, 2.5e15, None)
     look = Outlook("gpu", ("later",), need, (need,), "GPU-hours", "planned", f"retrace plan {LONG}", "retrace run demo")
-    build_report(
-        PAPER, claims=CLAIMS, ablations=(SIZE, DEPTH), records=rich_records(), scale="laptop", now=NOW,
-        out=home / "demo", outlook=(look,), elsewhere=verdicts(),
-    )  # fmt: skip
-    judged = judge_all(CLAIMS, rich_records(), scale="laptop")
-    build_overview([Judged(PAPER, {"laptop": judged}, rich_records())], now=NOW, out=home)
+    found = results(records=rich_records())
+    both = replace(found, verdicts={**found.verdicts, "gpu": verdicts()["gpu"]})
+    build_report(both, scale="laptop", now=NOW, out=home / "demo", outlook=(look,))
+    build_overview([found], now=NOW, out=home)
     made = {"made report": home / "demo" / "index.html", "made overview": home / "index.html"}
     return made | {name: RESULTS / name for name in COMMITTED}
 
@@ -171,7 +168,7 @@ def test_the_tab_key_reaches_everything_that_can_be_used_and_shows_where_it_is(
 def test_a_filter_by_key_leaves_the_claims_of_one_verdict(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["made report"])
     shown = "[...document.querySelectorAll('tr.claim')].filter(e => e.checkVisibility()).map(e => e.id)"
-    assert len(browser.evaluate(shown)) == len(CLAIMS)
+    assert len(browser.evaluate(shown)) == len(results().claims)
     browser.evaluate("document.getElementById('show-all').focus()")
     headings = "[...document.querySelectorAll('.judged, .unjudged')].filter(e => e.checkVisibility()).length"
     assert browser.evaluate(headings) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import pytest
 
 from retrace.core.claims import Claim
 from retrace.core.config import Experiment
-from retrace.core.overview import Judged, build_overview
 from retrace.core.paper import Paper
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
-from retrace.core.report import build_report
+from retrace.core.report import build_overview, build_report
+from retrace.core.results import PaperResults, judge_paper
+from retrace.core.samples import Planned
 from retrace.core.scales import Comparison, compare_scales
-from retrace.core.verdicts import Verdict, judge_all
+from retrace.core.verdicts import Verdict
 
 NOW = datetime(2026, 11, 25, tzinfo=UTC)
 PAPER = Paper("demo", "A demo", "2403.00001", 1, Experiment, stages=lambda _: pytest.fail("plans nothing"), programs={})
@@ -57,8 +59,14 @@ def records() -> list[Record]:
     return found
 
 
-def verdicts() -> dict[str, tuple[Verdict, ...]]:
-    return {scale: judge_all(CLAIMS, records(), scale=scale) for scale in ("laptop", "gpu")}
+def results(*scales: str) -> PaperResults:
+    found = [record for record in records() if record.scale in scales]
+    planned: dict[str, list[Planned]] = {scale: [] for scale in scales}
+    return judge_paper(PAPER, claims=CLAIMS, ablations=(SIZE,), records=found, planned=planned)
+
+
+def verdicts() -> Mapping[str, Sequence[Verdict]]:
+    return results("laptop", "gpu").verdicts
 
 
 def compared() -> Comparison:
@@ -81,13 +89,9 @@ def test_only_claims_that_two_scales_have_judged_are_compared() -> None:
 
 
 def test_the_report_and_the_overview_show_the_comparison_and_without_a_second_scale_do_not(tmp_path: Path) -> None:
-    for folder, elsewhere in (("both", verdicts()), ("one", {"laptop": verdicts()["laptop"]})):
-        out = tmp_path / folder / "demo"
-        some = [record for record in records() if record.scale in elsewhere]
-        build_report(
-            PAPER, claims=CLAIMS, ablations=(SIZE,), records=some, scale="laptop", now=NOW, out=out, elsewhere=elsewhere
-        )
-        build_overview([Judged(PAPER, elsewhere, some)], now=NOW, out=tmp_path / folder)
+    for folder, found in (("both", results("laptop", "gpu")), ("one", results("laptop"))):
+        build_report(found, scale="laptop", now=NOW, out=tmp_path / folder / "demo")
+        build_overview([found], now=NOW, out=tmp_path / folder)
         for page in ("demo/index.html", "demo/REPORT.md", "index.html", "README.md"):
             told = "6 claims were judged at both laptop and gpu" in (tmp_path / folder / page).read_text()
             assert told == (folder == "both"), (folder, page)

@@ -177,8 +177,9 @@ def check_times(records: Iterable[Record]) -> Check | None:
     pairs: list[tuple[float, float]] = []
     where: set[str] = set()
     for (_, _, scale, hardware), by_arms in groups.items():
+        rates = {arms: sorted(map(_rate, runs)) for arms, runs in by_arms.items()}
         for arms, runs in by_arms.items():
-            others = [_rate(other) for theirs, group in by_arms.items() if not arms & theirs for other in group]
+            others = [rate for theirs, found in rates.items() if not arms & theirs for rate in found]
             if others:
                 speed = median(others)
                 pairs += [(_rate(record) * _seconds(record) / speed, _seconds(record)) for record in runs]

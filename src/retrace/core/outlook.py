@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from retrace.core.claims import Claim
 from retrace.core.config import Hardware
@@ -39,6 +40,16 @@ class Outlook:
     run: str  # the command that starts them
 
 
+@lru_cache(maxsize=16)
+def runs_asked(slug: str, scale: str) -> tuple[RunSpec, ...]:
+    """The runs that a paper's ablation files ask for, on the scale's hardware; composing them takes a second."""
+    return tuple(plan([slug], _words(scale)))
+
+
+def _words(scale: str) -> list[str]:
+    return [f"scale={scale}", *([f"hardware={MACHINES[scale]}"] if scale in MACHINES else [])]
+
+
 def outlooks(
     slug: str, claims: Sequence[Claim], *, scales: Sequence[str], records: Sequence[Record]
 ) -> tuple[Outlook, ...]:
@@ -48,10 +59,9 @@ def outlooks(
     for scale in scales:
         judged = tuple(claim.id for claim in claims if scale in claim.testable_at)
         if scale in MACHINES and judged:
-            words = [f"scale={scale}", f"hardware={MACHINES[scale]}"]
-            specs = [spec for spec in plan([slug], words) if spec.id not in recorded]
+            specs = [spec for spec in runs_asked(slug, scale) if spec.id not in recorded]
             if specs:
-                found.append(_outlook(slug, scale, judged, specs, words, records))
+                found.append(_outlook(slug, scale, judged, specs, records))
     return tuple(found)
 
 
@@ -60,7 +70,6 @@ def _outlook(
     scale: str,
     claims: tuple[str, ...],
     specs: Sequence[RunSpec],
-    words: Sequence[str],
     records: Sequence[Record],
 ) -> Outlook:
     hardware = specs[0].hardware
@@ -82,8 +91,8 @@ def _outlook(
         ablations=tuple(need(n, (s for s in specs if any(t.startswith(f"{n}/") for t in s.labels))) for n in names),
         unit="GPU-hours" if hardware.device == "cuda" else "core-hours",
         assumption=_assumption(hardware),
-        plan=f"retrace plan {slug} {' '.join(words)}",
-        run=f"retrace run {slug} {' '.join(words)}",
+        plan=f"retrace plan {slug} {' '.join(_words(scale))}",
+        run=f"retrace run {slug} {' '.join(_words(scale))}",
     )
 
 

@@ -20,8 +20,11 @@ from retrace.core.claims import Claim
 from retrace.core.config import SCALES
 from retrace.core.cost import Expected
 from retrace.core.plan import RunSpec
+from retrace.core.planview import cost_of, expected_times, records_of
 from retrace.core.reportview import show as texts_of
+from retrace.core.results import load_results
 from retrace.core.stats import POWER, seeds_needed, spread_range
+from retrace.core.store import Store
 from retrace.core.verdicts import MIN_PAIRS, Verdict, margin_of
 
 
@@ -51,6 +54,17 @@ class PowerPlan:
 
     known: tuple[Power, ...]
     unknown: tuple[Claim, ...]
+
+
+def print_power(specs: Sequence[RunSpec], *, store: Store, console: Console) -> None:
+    """How many seeds would decide the claims on the planned runs, from the records of their scale and smaller ones."""
+    times = expected_times(specs, {spec.id: cost_of(spec) for spec in specs}, records_of(specs, store=store))
+    for slug, scale in dict.fromkeys((spec.paper, spec.scale) for spec in specs):
+        own = [spec for spec in specs if (spec.paper, spec.scale) == (slug, scale)]
+        results = load_results(slug, store=store)
+        found = plan_power(results.claims, results.judged, own, times, scale=scale)
+        unit = "GPU-hours" if own[0].hardware.device == "cuda" else "core-hours"
+        show(slug, found, scale, unit=unit, console=console)
 
 
 def plan_power(

@@ -21,21 +21,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from retrace.core import boards, results
-from retrace.core.claims import load_words
+from retrace.core import boards
 from retrace.core.compose import compose
 from retrace.core.config import Tracking, validate
-from retrace.core.discovery import configs_of
 from retrace.core.files import write_atomic
 from retrace.core.mirrors import Card, flush_offline, write_offline
 from retrace.core.paper import load_paper
-from retrace.core.plan import load_ablations
 from retrace.core.record import Record
+from retrace.core.results import PaperResults, load_results
 from retrace.core.safety import refuse_secrets
 from retrace.core.store import RunDir, Store
 from retrace.core.tracking import read_lines, wandb_mode
 from retrace.core.upload import DIGEST, Server
-from retrace.core.verdicts import Verdict
 
 FORM = 1  # of what is published; another number publishes every run again
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -164,9 +161,9 @@ def publish(
     """
     for slug, taken in chosen(targets, scale=scale, store=store).items():
         asked = _tracking(slug, project=project, entity=entity)
-        verdicts = results.judge_paper(slug, store=store).verdicts
-        runs = _runs(slug, taken, verdicts, store=store)
-        board = _board(slug, verdicts, asked, entity=asked.entity or "somebody", store=store)  # valid, before all else
+        results = load_results(slug, store=store)
+        runs = _runs(results, taken, store=store)
+        board = _board(results, asked, entity=asked.entity or "somebody")  # valid, before all else
         _say_built(slug, taken, runs, board, console)
         online = wandb_mode(asked.model_copy(update={"wandb": "auto"})) == "online"
         if dry_run:
@@ -180,7 +177,7 @@ def publish(
         server = Server(project=asked.project, entity=asked.entity)
         sent = server.upload({run.card.id: (run.digest, folders[run.card.id]) for run in runs}, paper=slug)
         _say(console, f"uploaded {sent} runs to {server.entity}/{asked.project}, {len(runs) - sent} were there")
-        for what, url in server.save(_board(slug, verdicts, asked, entity=server.entity, store=store)).items():
+        for what, url in server.save(_board(results, asked, entity=server.entity)).items():
             _say(console, f"{what}: {url}")
 
 
@@ -195,31 +192,27 @@ def _tracking(slug: str, *, project: str | None, entity: str | None) -> Tracking
     return asked
 
 
-def _runs(
-    slug: str, taken: Sequence[Record], verdicts: Mapping[str, Sequence[Verdict]], *, store: Store
-) -> list[Rebuilt]:
+def _runs(results: PaperResults, taken: Sequence[Record], *, store: Store) -> list[Rebuilt]:
     """The chosen records, and what the paper prints of their ablations at their scales."""
     asked = {(record.scale, label.partition("/")[0]) for record in taken for label in record.labels}
-    levels = boards.printed_levels(verdict for found in verdicts.values() for verdict in found)
+    levels = boards.printed_levels(verdict for found in results.judged.values() for verdict in found)
     runs = [rebuild(record, store.run(record.id)) for record in taken]
-    runs += [printed(slug, level) for level in levels if (level.scale, level.claim.ablation) in asked]
+    runs += [printed(results.paper.slug, level) for level in levels if (level.scale, level.claim.ablation) in asked]
     for run in runs:
         refuse_secrets(json.dumps([run.card.config, run.rows, run.results]), where=run.card.id)
     return runs
 
 
-def _board(
-    slug: str, verdicts: Mapping[str, Sequence[Verdict]], asked: Tracking, *, entity: str, store: Store
-) -> boards.Board:
+def _board(results: PaperResults, asked: Tracking, *, entity: str) -> boards.Board:
     """The workspace and the report, always of all records of the paper."""
     return boards.build_board(
-        load_paper(slug),
+        results.paper,
         entity=entity,
         project=asked.project,
-        ablations=list(load_ablations(slug).values()),
-        records=store.records(slug),
-        verdicts=verdicts,
-        words=load_words(configs_of(slug) / "metrics.yaml"),
+        ablations=results.ablations,
+        records=results.records,
+        verdicts=results.judged,
+        words=results.words,
     )
 
 

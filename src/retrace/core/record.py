@@ -48,7 +48,7 @@ class Record(Frozen):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a record; raises ValueError, naming the file, for another schema or a broken file."""
-        text = path.read_text()
+        text = path.read_bytes()
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
@@ -66,7 +66,7 @@ class Record(Frozen):
         return self.model_copy(update={"labels": labels})
 
 
-def _schema_of(text: str) -> Any:
+def _schema_of(text: bytes) -> Any:
     try:
         tree = json.loads(text)
     except ValueError:

@@ -1,14 +1,15 @@
-"""Records and claims to REPORT.md and one self-contained index.html, beside the records that every number leads to.
+"""A paper's results as REPORT.md and one self-contained index.html, and those of all papers as one page over them.
 
-    build_report(paper, claims=..., ablations=..., records=..., scale="laptop", now=..., out=Path("results/<slug>"))
+    build_report(results, scale="laptop", now=..., out=Path("results/<slug>"))
+    build_overview([results, ...], now=..., out=Path("results"))
 
-`render` is pure: the same values give the same bytes. No network, no clock, nothing that is not in the records.
+The same values give the same bytes. No network, no clock, nothing that is not in the records.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,121 +18,129 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from retrace.core.claims import Claim
 from retrace.core.outlook import Outlook
 from retrace.core.pages import OUTCOME_SYMBOLS, environment
-from retrace.core.paper import Paper
 from retrace.core.plan import Ablation
-from retrace.core.record import Record
 from retrace.core.reportruns import costs, gaps, ledger, main_pages, origin
-from retrace.core.reportview import summary, view_ablation, view_verdict
-from retrace.core.samples import Planned, Samples
+from retrace.core.reportview import VerdictView, summary, view_ablation, view_verdict
+from retrace.core.results import PaperResults
 from retrace.core.scales import compare_scales
+from retrace.core.svg import Figure
 from retrace.core.verdictfigures import forest_figure
-from retrace.core.verdicts import JUDGED, OUTCOMES, Verdict, judge
+from retrace.core.verdicts import JUDGED, OUTCOMES, Verdict
 
 _COLOURS = dict(zip(OUTCOMES, ("green", "blue", "red", "yellow", "dim", "dim"), strict=True))
 
 
 def build_report(
-    paper: Paper,
-    *,
-    claims: Sequence[Claim],
-    ablations: Sequence[Ablation],
-    records: Iterable[Record],
-    scale: str,
-    now: datetime,
-    out: Path,
-    planned: Sequence[Planned] = (),
-    words: Mapping[str, str] | None = None,
-    outlook: Sequence[Outlook] = (),
-    elsewhere: Mapping[str, Sequence[Verdict]] | None = None,
-) -> tuple[Verdict, ...]:
-    """Judge every claim at one scale and write REPORT.md, index.html and figures/ into `out`.
+    results: PaperResults, *, scale: str, now: datetime, out: Path, outlook: Sequence[Outlook] = ()
+) -> None:
+    """Write REPORT.md, index.html and figures/ into `out`, in place of those of an earlier report.
 
-    `planned`: the runs that the ablation files ask for today; only their records count for their labels, and those
-    without a result are named in the report. `words`: what metrics are. `outlook`: what was not run. `elsewhere`: the
-    verdicts of all scales that have records, smaller ones first; those of this one are taken from here. Figures of an
-    earlier report are removed. Of the pages that records name, those that lie in `out`/pages are linked.
+    `outlook`: what was not run. Of the pages that records name, those that lie in `out`/pages are linked.
     """
-    samples = Samples(records, scale=scale, planned=planned)
-    verdicts = tuple(judge(claim, samples) for claim in claims)
+    samples, verdicts = results.samples[scale], results.verdicts[scale]
     pages = frozenset(path.name for path in (out / "pages").glob("*.html"))
-    files = render(
-        paper,
-        verdicts=verdicts,
-        ablations=ablations,
-        samples=samples,
-        now=now,
-        pages=pages,
-        words=words or {},
-        outlook=outlook,
-        elsewhere=dict(elsewhere or {}) | {scale: verdicts},
-    )
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    for old in (out / "figures").glob("*.svg"):
-        if f"figures/{old.name}" not in files:
-            old.unlink()
-    for name, content in files.items():
-        (out / name).write_text(content, encoding="utf-8")
-    return verdicts
-
-
-def render(
-    paper: Paper,
-    *,
-    verdicts: Sequence[Verdict],
-    ablations: Sequence[Ablation],
-    samples: Samples,
-    now: datetime,
-    pages: frozenset[str],
-    words: Mapping[str, str],
-    outlook: Sequence[Outlook],
-    elsewhere: Mapping[str, Sequence[Verdict]],
-) -> dict[str, str]:
-    """Every file of a report: relative path -> content. `pages`: files beside it that records may name."""
     shown = [view_verdict(verdict) for verdict in verdicts]
-    rank = {name: at for at, name in enumerate(dict.fromkeys(verdict.claim.ablation for verdict in verdicts))}
-    ordered = sorted(ablations, key=lambda ablation: rank.get(ablation.name, len(rank)))  # as the paper's claims come
+    asked = _ablations(results, scale)
+    rank = {name: at for at, name in enumerate(dict.fromkeys(claim.ablation for claim in results.claims))}
+    ordered = sorted(asked, key=lambda ablation: rank.get(ablation.name, len(rank)))  # as the paper's claims come
     drawn: dict[frozenset[str], str] = {}
-    views = [
-        view_ablation(
-            ablation,
-            samples,
-            verdicts=[view for view in shown if view.verdict.claim.ablation == ablation.name],
-            others=[metric for verdict in verdicts for _, metric in verdict.claim.cells],
-            words=words,
-            drawn=drawn,
-        )
-        for ablation in ordered
-    ]
+    views = [view_ablation(ablation, results, samples, verdicts=shown, drawn=drawn) for ablation in ordered]
+    overview = forest_figure([verdict for verdict in verdicts if verdict.outcome in JUDGED])
     looked_at, looks = main_pages(ordered, samples, pages)
-    page: dict[str, Any] = {
-        "paper": paper,
-        "scale": samples.scale,
-        "now": now.strftime("%Y-%m-%d %H:%M %Z").strip(),
-        "summary": summary(verdicts, scale=samples.scale),
-        "counts": {outcome: sum(v.outcome == outcome for v in verdicts) for outcome in OUTCOMES},
-        "judged": [view for view in shown if view.verdict.outcome in JUDGED],
+    page: dict[str, Any] = _counted(shown, scale) | {
+        "paper": results.paper,
+        "now": _minute(now),
         "waiting": [view for view in shown if view.verdict.outcome not in JUDGED],
-        "overview": forest_figure([verdict for verdict in verdicts if verdict.outcome in JUDGED]),
+        "overview": overview,
         "ablations": views,
         "looked_at": looked_at,
         "looks": looks,
-        "gaps": gaps(ablations, samples),
+        "gaps": gaps(asked, samples),
         "outlook": outlook,
-        "comparison": compare_scales(elsewhere),
-        "runs": ledger(paper.slug, ordered, samples, pages),
+        "comparison": compare_scales(results.verdicts),
+        "runs": ledger(results.paper.slug, ordered, samples, pages),
         "samples": samples,
         "costs": costs(samples.used),
         "origin": origin(samples.used),
     }
-    templates = environment()
-    files = {f"figures/{figure.name}.svg": figure.standalone() for view in views for figure in view.drawn}
-    files[f"figures/{page['overview'].name}.svg"] = page["overview"].standalone()
-    files["REPORT.md"] = re.sub(r"\n{3,}", "\n\n", templates.get_template("report.md.j2").render(page))
-    files["index.html"] = templates.get_template("index.html.j2").render(page)
-    return files
+    _write_figures(out / "figures", [overview, *(figure for view in views for figure in view.drawn)])
+    _write(out, {"REPORT.md": "report.md.j2", "index.html": "index.html.j2"}, page)
+
+
+def build_overview(papers: Sequence[PaperResults], *, now: datetime, out: Path) -> None:
+    """Write index.html and README.md into `out`, the folder that holds the papers' reports."""
+    last = [_last_outcomes(results.judged) for results in papers]
+    page = {
+        "papers": [
+            {
+                "paper": results.paper,
+                "scales": [_at(results, scale) for scale in results.judged],
+                "comparison": compare_scales(results.judged),
+            }
+            for results in papers
+        ],
+        "now": _minute(now),
+        "reproduced": sum(outcome == "reproduced" for outcomes in last for outcome in outcomes.values()),
+        "judged": sum(map(len, last)),
+        "without": [results.paper for results in papers if not results.judged],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out, {"index.html": "overview.html.j2", "README.md": "overview.md.j2"}, page)
+
+
+def _ablations(results: PaperResults, scale: str) -> list[Ablation]:
+    """Those that are asked at a scale or have runs of it, in the order of their files."""
+    ran = results.samples[scale].chains
+    return [ablation for ablation in results.ablations if scale in ablation.scales or ablation.name in ran]
+
+
+def _last_outcomes(verdicts: Mapping[str, Sequence[Verdict]]) -> dict[str, str]:
+    """Of each claim that was judged, by id, at the largest scale that judged it."""
+    return {v.claim.id: v.outcome for at in verdicts.values() for v in at if v.outcome in JUDGED}
+
+
+def _at(results: PaperResults, scale: str) -> dict[str, Any]:
+    """A paper at one scale, for the overview."""
+    runs = [record for record in results.records if record.scale == scale]
+    counted = _counted([view_verdict(verdict) for verdict in results.verdicts[scale]], scale)
+    hardware = origin(runs).get("Hardware", "")
+    return counted | {"runs": len(runs), "seconds": costs(runs)[-1].seconds, "hardware": hardware}
+
+
+def _counted(views: Sequence[VerdictView], scale: str) -> dict[str, Any]:
+    """The verdicts of one scale in a sentence, in numbers, and those that say something of their claim."""
+    outcomes = [view.verdict.outcome for view in views]
+    return {
+        "scale": scale,
+        "summary": summary([view.verdict for view in views], scale=scale),
+        "counts": {outcome: outcomes.count(outcome) for outcome in OUTCOMES},
+        "judged": [view for view in views if view.verdict.outcome in JUDGED],
+    }
+
+
+def _minute(now: datetime) -> str:
+    return now.strftime("%Y-%m-%d %H:%M %Z").strip()
+
+
+def _write_figures(folder: Path, figures: Sequence[Figure]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {f"{figure.name}.svg": figure.standalone() for figure in figures}
+    for old in folder.glob("*.svg"):
+        if old.name not in files:
+            old.unlink()
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+def _write(out: Path, templates: Mapping[str, str], page: Mapping[str, Any]) -> None:
+    """`templates`: file -> template. Of the blank lines that the report's Markdown template leaves, one stays."""
+    for name, template in templates.items():
+        text = environment().get_template(template).render(page)
+        if name == "REPORT.md":
+            text = re.sub(r"\n{3,}", "\n\n", text)
+        (out / name).write_text(text, encoding="utf-8")
 
 
 def print_verdicts(verdicts: Sequence[Verdict], *, console: Console) -> None:

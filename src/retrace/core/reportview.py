@@ -1,4 +1,4 @@
-"""What a report shows, computed from samples and verdicts: tables, figures, gaps and costs, ready to be laid out."""
+"""What a report shows of verdicts and ablations: texts, tables and figures, ready to be laid out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from retrace.core.claims import Claim
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
 from retrace.core.reportfigures import curves_of, joints_of, profiles_of, samples_of
+from retrace.core.results import PaperResults
 from retrace.core.samples import DIVERGED, Sample, Samples
 from retrace.core.stats import Estimate, estimate, paired_differences
 from retrace.core.svg import Figure, decimals, number
@@ -131,25 +132,25 @@ def _cell(sample: Sample, places: int) -> tuple[str, Record]:
 
 def view_ablation(
     ablation: Ablation,
+    results: PaperResults,
     samples: Samples,
     *,
     verdicts: Sequence[VerdictView],
-    others: Sequence[str],
-    words: Mapping[str, str],
     drawn: dict[frozenset[str], str],
 ) -> AblationView:
     """Everything that the records say of an ablation, the metrics of its own claims first.
 
-    `verdicts`: of its own claims. `others`: metrics of all claims. `words`: metrics and curves in words, in the order
-    in which curves are shown. `drawn` is told which runs' joint distributions this one draws, and says which ones
+    `verdicts`: of all claims. `drawn` is told which runs' joint distributions this one draws, and says which ones
     earlier ones did.
     """
-    name, chains = ablation.name, samples.chains.get(ablation.name, {})
+    name, chains, words = ablation.name, samples.chains.get(ablation.name, {}), results.words
+    verdicts = [view for view in verdicts if view.verdict.claim.ablation == name]
     arms = (*ablation.arms, *sorted(chains.keys() - ablation.arms.keys()))
     present = samples.metrics(name)
     own = [metric for view in verdicts for _, metric in view.verdict.claim.cells]
     key = [metric for metric in dict.fromkeys(own) if metric in present]
-    further = [metric for metric in dict.fromkeys(others) if metric in present]
+    all_metrics = (metric for claim in results.claims for _, metric in claim.cells)
+    further = [metric for metric in dict.fromkeys(all_metrics) if metric in present]
     key = key or (further or [metric for metric in present if metric != DIVERGED])[:2]
     ordered = dict.fromkeys((*key, *(metric for metric in words if metric in present), *present))
     tables = {metric: _table(ablation, arms, samples, metric, words) for metric in ordered}

@@ -197,7 +197,15 @@ class Store:
 
     def records(self, paper: str) -> list[Record]:
         """Every record of a paper, by id; raises ValueError for a file that is none."""
-        return [Record.load(path) for path in sorted((self.results / paper / "records").glob("*.json"))]
+        return [Record.load(path) for path in self._record_paths(paper)]
+
+    def has_records(self, paper: str) -> bool:
+        return bool(self._record_paths(paper))
+
+    def _record_paths(self, paper: str) -> list[Path]:
+        folder = self.results / paper / "records"
+        names = os.listdir(folder) if folder.is_dir() else []
+        return [folder / name for name in sorted(names) if name.endswith(".json")]
 
     def keep_record(self, spec: RunSpec) -> None:
         """See that a finished run's record stands in results/, with the labels of this plan beside those it has.

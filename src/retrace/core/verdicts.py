@@ -1,4 +1,4 @@
-"""What became of a claim: `judge(claim, records) -> Verdict`, pure.
+"""What became of a claim: `judge(claim, samples) -> Verdict`, pure.
 
     reproduced                direction as claimed, interval clear of zero, and the printed value, if any, inside it
     direction only            direction as claimed; the printed value is outside, or can't be judged at this scale
@@ -17,13 +17,13 @@ Then the direction stands if at least three seeds agree, and the sign test's p i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from retrace.core.claims import Claim
 from retrace.core.record import Record
-from retrace.core.samples import DIVERGED, Planned, Sample, Samples
+from retrace.core.samples import DIVERGED, Sample, Samples
 from retrace.core.stats import Estimate, detectable_effect, estimate, paired_differences, sign_test, trend_slopes
 
 MIN_PAIRS = 3
@@ -108,14 +108,6 @@ class Verdict:
             f"{arm} seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: {why}"
             for (arm, why), seeds in groups.items()
         )
-
-
-def judge_all(
-    claims: Sequence[Claim], records: Iterable[Record], *, scale: str, planned: Sequence[Planned] = ()
-) -> tuple[Verdict, ...]:
-    """A verdict for every claim, from the records of one scale, which are indexed once."""
-    samples = Samples(records, scale=scale, planned=planned)
-    return tuple(judge(claim, samples) for claim in claims)
 
 
 def judge(claim: Claim, samples: Samples) -> Verdict:
