@@ -9,7 +9,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from retrace.core.record import Record
 from retrace.core.reportruns import anchor
 from retrace.core.svg import STYLE
 from retrace.core.units import duration, si
@@ -58,23 +57,23 @@ def markdown(content: object) -> str:
     return " ".join(escaped.split())
 
 
-def _cells(cells: Iterable[tuple[str, Record | None]]) -> Any:
+def _cells(cells: Iterable[tuple[str, str | None]]) -> Any:
     """Table cells, each a number that leads to its run, or why there is none. A report has up to 100,000 of them."""
     from markupsafe import Markup
 
     return Markup(
         "".join(
-            f'<td><a href="#{anchor(record)}">{escape(text)}</a></td>'
-            if record
+            f'<td><a href="#{run}">{escape(text)}</a></td>'
+            if run
             else f'<td><span class="soft">{escape(text)}</span></td>'
-            for text, record in cells
+            for text, run in cells
         )
     )
 
 
-def _markdown_cells(cells: Iterable[tuple[str, Record | None]]) -> str:
+def _markdown_cells(cells: Iterable[tuple[str, str | None]]) -> str:
     """The same in a Markdown table."""
-    return "".join(f" [{text}][{anchor(record)}] |" if record else f" {text} |" for text, record in cells)
+    return "".join(f" [{text}][{run}] |" if run else f" {text} |" for text, run in cells)
 
 
 def _arrow(content: str) -> str:

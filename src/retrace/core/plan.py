@@ -235,15 +235,16 @@ def _compose(paper: Paper, ablation: Ablation, overrides: Iterable[str]) -> Expe
 
 
 def _runs(paper: Paper, experiment: Experiment, label: str) -> Iterator[RunSpec]:
-    """The chain of an experiment, parents first."""
+    """The chain of an experiment, parents first, each once."""
+    made: dict[int, str] = {}  # the run of each stage, on which several others may build
 
     def visit(stage: Stage) -> Iterator[RunSpec]:
-        ids = {}
-        for role, parent in stage.parents.items():
-            chain = list(visit(parent))
-            ids[role] = chain[-1].id
-            yield from chain
-        identity = run_id(
+        if id(stage) in made:
+            return
+        for parent in stage.parents.values():
+            yield from visit(parent)
+        ids = {role: made[id(parent)] for role, parent in stage.parents.items()}
+        made[id(stage)] = run_id(
             paper=paper.slug,
             program=stage.program,
             recipe=paper.recipe,
@@ -252,7 +253,7 @@ def _runs(paper: Paper, experiment: Experiment, label: str) -> Iterator[RunSpec]
             parents=ids,
         )
         yield RunSpec(
-            id=identity,
+            id=made[id(stage)],
             paper=paper.slug,
             program=stage.program,
             recipe=paper.recipe,

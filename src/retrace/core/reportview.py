@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from retrace.core.claims import Claim
 from retrace.core.plan import Ablation
-from retrace.core.record import Record
 from retrace.core.reportfigures import curves_of, joints_of, profiles_of, samples_of
+from retrace.core.reportruns import anchor
 from retrace.core.results import PaperResults
 from retrace.core.samples import DIVERGED, Sample, Samples
 from retrace.core.stats import Estimate, estimate, paired_differences
@@ -29,13 +29,13 @@ class Shown:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm in a table of one metric. `cells`: (text, record or None) for every seed."""
+    """One arm in a table of one metric. `cells`: for every seed a text and, if a run has it, that run's `anchor`."""
 
     arm: str
     is_baseline: bool
     shown: Shown
     gap: Shown  # difference from the baseline, paired by seed
-    cells: tuple[tuple[str, Record | None], ...]
+    cells: tuple[tuple[str, str | None], ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class VerdictView:
     bar: Figure
     arms: tuple[tuple[str, Shown], ...]  # named with the metric where a claim has two
     told: str  # the means of the arms in one phrase
-    seeds: tuple[tuple[int, tuple[tuple[str, Record], ...], str], ...]
+    seeds: tuple[tuple[int, tuple[tuple[str, str], ...], str], ...]
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def _told(claim: Claim, arms: Sequence[str]) -> str:
     return f"{first}; less {second[0]}" if second else first
 
 
-def _cell(sample: Sample, places: int) -> tuple[str, Record]:
-    return number(sample.value, places), sample.record
+def _cell(sample: Sample, places: int) -> tuple[str, str]:
+    return number(sample.value, places), anchor(sample.record)
 
 
 def view_ablation(

@@ -59,7 +59,9 @@ class Chain:
     def metrics(self) -> dict[str, Sample]:
         """Every metric of the chain."""
         done = [record for record in self.records if record.status != "DIVERGED"]
-        found = {name: Sample(r.metrics[name], r) for r in done for name in r.metrics if self._owns(r, name)}
+        last = [record for record in done if record.id in self.last]
+        owners = self.owners
+        found = {name: Sample(v, r) for r in last for name, v in r.metrics.items() if owners[name] == r.program}
         if self.diverged is not None:
             found[DIVERGED] = Sample(1.0, self.diverged)
         elif self.complete:
@@ -69,10 +71,8 @@ class Chain:
     @cached_property
     def series(self) -> dict[str, tuple[tuple[int, float], ...]]:
         """Every training curve of the chain, also of a run that diverged."""
-        return {name: r.series[name] for r in self.records for name in r.series if self._owns(r, name)}
-
-    def _owns(self, record: Record, name: str) -> bool:
-        return self.owners[name] == record.program and record.id in self.last
+        last = [record for record in self.records if record.id in self.last]
+        return {name: r.series[name] for r in last for name in r.series if self.owners[name] == r.program}
 
     @cached_property
     def diverged(self) -> Record | None:

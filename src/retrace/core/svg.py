@@ -9,6 +9,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 STYLE = (Path(__file__).parent / "templates" / "figure.css").read_text()
@@ -76,6 +77,7 @@ def points(places: Iterable[tuple[float, float]], kind: str, *, title: str) -> s
     return f'<path d="{"".join(path)}" class="{kind}"><title>{html.escape(title)}</title></path>'
 
 
+@cache
 def _tenths(value: int, *, follows: bool = False) -> str:
     """A number of tenths, as short as SVG reads it; one that follows another needs a minus or a space before it."""
     shown = f"{abs(value) / 10:g}".removeprefix("0") or "0"
