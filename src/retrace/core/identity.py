@@ -44,13 +44,14 @@ def science(config: Frozen) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)
-        if isinstance(value, Placement):
-            continue
-        tree[name] = science(value) if isinstance(value, Frozen) else _plain(value)
+        if not isinstance(value, Placement):
+            tree[name] = _plain(value)
     return tree
 
 
 def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):  # most are; the other questions take longer
+        return value
     if isinstance(value, Frozen):
         return science(value)
     if isinstance(value, list | tuple):

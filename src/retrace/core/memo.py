@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-MOST = 8  # generations of sources whose texts are kept
+MOST = 8  # generations of sources whose texts are kept: those that were used last
 
 
 def remember(sources: str, key: str, make: Callable[[], str | None]) -> str | None:
@@ -26,6 +26,7 @@ def remember(sources: str, key: str, make: Callable[[], str | None]) -> str | No
     with contextlib.suppress(OSError, ValueError):  # not there, or torn by a power cut
         text = path.read_text()
         json.loads(text)
+        os.utime(path.parent)
         return text
     made = make()
     if made is not None:
@@ -35,7 +36,7 @@ def remember(sources: str, key: str, make: Callable[[], str | None]) -> str | No
 
 
 def _keep(path: Path, text: str) -> None:
-    """Write a file whole; with the first of a generation the oldest generations go."""
+    """Write a file whole; with the first of a generation those go that were not used for longest."""
     if not path.parent.is_dir():
         path.parent.mkdir(parents=True, mode=0o700)
         generations = sorted(path.parent.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)

@@ -137,18 +137,20 @@ def plan(targets: Sequence[str], overrides: Sequence[str] = (), *, check: bool =
         slug, name, _ = _parts(target)
         paper = load_paper(slug)
         for ablation in resolve(target):
+            texts = []
             for arm, seed, lines in _arms(ablation, sweep):
                 if not name and _scale(ablation, lines) not in ablation.scales:
                     continue
                 label = f"{ablation.name}/{arm}/s{seed}"
                 experiment = _compose(paper, ablation, lines)
-                refuse_secrets(experiment.model_dump_json(), where=f"{slug}/{ablation.name}")
+                texts.append(experiment.model_dump_json())
                 if check:
                     _check(paper, experiment)
                 for spec in _runs(paper, experiment, label):
                     known = specs.get(spec.id)
                     labels = known.labels + spec.labels if known else spec.labels
                     specs[spec.id] = dataclasses.replace(spec, labels=tuple(dict.fromkeys(labels)))
+            refuse_secrets("\n".join(texts), where=f"{slug}/{ablation.name}")
     if not specs:
         raise ValueError(
             f"{' '.join(targets)}: nothing to run: {' '.join(overrides)} is asked by none of the ablations"

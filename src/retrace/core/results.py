@@ -93,7 +93,8 @@ def scales_of(slug: str) -> list[str]:
 
 
 def _judging(claims: Iterable[Claim], records: Iterable[Record]) -> set[str]:
-    return {scale for claim in claims for scale in claim.testable_at} & {record.scale for record in records}
+    recorded = {record.scale for record in records}
+    return {scale for claim in claims for scale in claim.testable_at if scale in recorded}
 
 
 def _planned(slug: str, scale: str, records: Iterable[Record], store: Store) -> list[Planned]:
