@@ -17,13 +17,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from retrace.core.config import Frozen, data_root
 from retrace.core.tasks import open_stream, require_hub
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
@@ -142,6 +142,8 @@ def _digest(file: Path) -> str:
 
 def encoded(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
     """Token ids (int32) of each text that is more than blanks."""
+    import numpy as np  # 0.1 s, and a plan needs none of it
+
     documents = (text for text in texts if text.strip())
     while some := list(itertools.islice(documents, ENCODED_AT_ONCE)):
         yield from (np.array(ids, np.int32) for ids in tokenizer(some, verbose=False)["input_ids"])
@@ -154,6 +156,8 @@ def packed(
 
     What is left of the last window is dropped.
     """
+    import numpy as np
+
     documents = [np.append(ids, np.int32(tokenizer.eos_token_id)) for ids in encoded(texts, tokenizer)]
     rng.shuffle(documents)
     stream = np.concatenate(documents) if documents else np.empty(0, np.int32)

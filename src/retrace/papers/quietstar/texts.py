@@ -10,13 +10,13 @@ import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 from pydantic import Field
 
 from retrace.core.config import Frozen
 from retrace.core.texts import HubText, LocalText, Source, encoded, packed
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 Split = Literal["base", "continued", "heldout"]
