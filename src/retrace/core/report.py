@@ -21,7 +21,7 @@ from rich.text import Text
 from retrace.core.outlook import Outlook
 from retrace.core.pages import OUTCOME_SYMBOLS, environment
 from retrace.core.plan import Ablation
-from retrace.core.reportruns import costs, gaps, ledger, main_pages, origin
+from retrace.core.reportruns import costs, gaps, ledger, main_pages, origin, origins
 from retrace.core.reportview import VerdictView, summary, view_ablation, view_verdict
 from retrace.core.results import PaperResults
 from retrace.core.scales import compare_scales
@@ -105,8 +105,8 @@ def _at(results: PaperResults, scale: str) -> dict[str, Any]:
     """A paper at one scale, for the overview."""
     runs = [record for record in results.records if record.scale == scale]
     counted = _counted([view_verdict(verdict) for verdict in results.verdicts[scale]], scale)
-    hardware = origin(runs).get("Hardware", "")
-    return counted | {"runs": len(runs), "seconds": costs(runs)[-1].seconds, "hardware": hardware}
+    hardware, cost = origins(runs, "hardware"), costs(runs)[-1]
+    return counted | {"runs": len(runs), "seconds": cost.seconds, "hardware": hardware}
 
 
 def _counted(views: Sequence[VerdictView], scale: str) -> dict[str, Any]:

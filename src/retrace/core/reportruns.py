@@ -143,24 +143,26 @@ def costs(records: Sequence[Record]) -> list[ProgramCost]:
     return found
 
 
+def origins(records: Sequence[Record], key: str) -> str:
+    """Each distinct value that the records' provenance holds under a key."""
+    return ", ".join(sorted({str(r.provenance[key]) for r in records if r.provenance.get(key) is not None}))
+
+
 def origin(records: Sequence[Record]) -> dict[str, str]:
-    """Where the records come from: each distinct value that their provenance holds."""
-
-    def all_of(key: str) -> str:
-        return ", ".join(sorted({str(r.provenance[key]) for r in records if r.provenance.get(key) is not None}))
-
+    """Where the records come from, in words for each kind of origin that is known."""
     packages: dict[str, set[str]] = {}
     for record in records:
         for name, version in (record.provenance.get("packages") or {}).items():
             packages.setdefault(name, set()).add(str(version))
     dirty = sum(bool(record.provenance.get("dirty")) for record in records)
+    changed = f"; {dirty} of {len(records)} runs with uncommitted changes"
     finished = sorted(str(r.provenance["finished"]) for r in records if r.provenance.get("finished"))
     told = {
-        "Hardware": all_of("hardware"),
-        "Platform": all_of("platform"),
-        "Python": all_of("python"),
+        "Hardware": origins(records, "hardware"),
+        "Platform": origins(records, "platform"),
+        "Python": origins(records, "python"),
         "Packages": ", ".join(f"{name} {'/'.join(sorted(versions))}" for name, versions in sorted(packages.items())),
-        "Code (git)": all_of("git") + (f"; {dirty} of {len(records)} runs with uncommitted changes" if dirty else ""),
+        "Code (git)": origins(records, "git") + (changed if dirty else ""),
         "Recipe": ", ".join(sorted({str(record.recipe) for record in records})),
         "Finished": " to ".join(dict.fromkeys((finished[0], finished[-1]))) if finished else "",
     }
