@@ -27,6 +27,7 @@ from retrace.core.compose import compose
 from retrace.core.config import Tracking, validate
 from retrace.core.discovery import configs_of
 from retrace.core.files import write_atomic
+from retrace.core.lookup import names
 from retrace.core.mirrors import Card, flush_offline, write_offline
 from retrace.core.paper import load_paper
 from retrace.core.plan import load_ablations
@@ -132,13 +133,13 @@ def chosen(targets: Sequence[str], *, scale: str | None, store: Store) -> dict[s
             for record in records
             if target == slug
             or (rest and any(f"{label}/".startswith(f"{rest}/") for label in record.labels))
-            or (target.startswith(f"{slug}-") and record.id.startswith(target))
+            or names(target, record)
         ]
         if not taken:
             labels = [label.rpartition("/s")[0] for record in records for label in record.labels]
-            names = labels if "/" in rest else [label.partition("/")[0] for label in labels]
+            parts = labels if "/" in rest else [label.partition("/")[0] for label in labels]
             ids = [record.id for record in records]
-            known = ids if target.startswith(f"{slug}-") else sorted({f"{slug}/{name}" for name in names})
+            known = ids if target.startswith(f"{slug}-") else sorted({f"{slug}/{name}" for name in parts})
             near = difflib.get_close_matches(target, known, n=1, cutoff=0.5)
             raise ValueError(
                 f"{target}: no record{at} of it" + (f"; did you mean '{near[0]}'?" if near else "; see `retrace list`")

@@ -176,11 +176,6 @@ class Store:
     def run(self, run_id: str) -> RunDir:
         return RunDir(self.runs / run_id)
 
-    def labels(self) -> dict[str, tuple[str, ...]]:
-        """Every run on disk, by id, with the labels that asked for it; none for a config that can't be read."""
-        paths = sorted(self.runs.glob("*/config.json"))
-        return {path.parent.name: tuple((try_json(path) or {}).get("labels", ())) for path in paths}
-
     def record_path(self, paper: str, run_id: str) -> Path:
         return self.results / paper / "records" / f"{run_id}.json"
 
