@@ -15,7 +15,7 @@ import psutil
 from rich.console import Console
 
 from retrace.core import provenance, squeue
-from retrace.core.config import Hardware, Tracking, data_root, read_yaml, validate
+from retrace.core.config import Hardware, Tracking, data_root, num_cores, read_yaml, validate
 from retrace.core.discovery import configs_of, papers
 from retrace.core.plan import load_ablations, plan
 from retrace.core.tracking import wandb_mode
@@ -92,7 +92,7 @@ def _version(package: str) -> str | None:
 
 
 def _machine(home: Path) -> Iterator[Check]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     yield True, f"{cores} cores: {provenance.processor()}", ""
     free, total = (value / 2**30 for value in (psutil.virtual_memory().available, psutil.virtual_memory().total))
     runs = max(1, int(free / WORKER_GIB))

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,16 @@ def try_json(path: Path) -> Any | None:
         return read_json(path)
     except ValueError:
         return None
+
+
+def json_lines(lines: Iterable[str], *, path: Path) -> Iterator[Any]:
+    """What each line of a file of JSON lines holds, blank ones left out; raises ValueError for a broken one."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
 
 
 def fingerprint(path: Path) -> str:
