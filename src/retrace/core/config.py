@@ -114,6 +114,11 @@ class Hardware(Placement):
         return self
 
     @property
+    def unit(self) -> str:
+        """What its hours are of: 'GPU' or 'core'."""
+        return "GPU" if self.device == "cuda" else "core"
+
+    @property
     def slots(self) -> int:
         """How many runs go on side by side, here or in the cluster."""
         if self.slurm:

@@ -80,7 +80,7 @@ def _outlook(
         claims=claims,
         total=need("all", specs),
         ablations=tuple(need(n, (s for s in specs if any(t.startswith(f"{n}/") for t in s.labels))) for n in names),
-        unit="GPU-hours" if hardware.device == "cuda" else "core-hours",
+        unit=f"{hardware.unit}-hours",
         assumption=_assumption(hardware),
         plan=f"retrace plan {slug} {' '.join(words)}",
         run=f"retrace run {slug} {' '.join(words)}",

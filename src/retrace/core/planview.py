@@ -118,7 +118,7 @@ def _totals(
     unknown = len(todo) - len(seconds)
     least = "at least " if unknown else ""
     rest = f", and {unknown} run{'s' * (unknown != 1)} of unknown time" if unknown else ""
-    unit = "GPU" if hardware.device == "cuda" else "core"
+    unit = hardware.unit
     if seconds or not todo:
         hours, held = sum(seconds) / 3600, sum(seconds) / 3600 * hardware.processes
         yield (
