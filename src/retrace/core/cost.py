@@ -12,7 +12,7 @@ from statistics import median
 
 from retrace.core.config import Hardware
 from retrace.core.optim import Precision
-from retrace.core.record import Record
+from retrace.core.record import Label, Record
 
 FP32, BF16 = 4, 2
 KEPT: dict[Precision, int] = {"fp32": FP32, "fp32_master": FP32, "pure_bf16": BF16}  # bytes that the optimizer keeps
@@ -172,7 +172,7 @@ def check_times(records: Iterable[Record]) -> Check | None:
     for record in records:
         if record.cost.seconds and record.cost.flops:
             key = (record.paper, record.program, record.scale, str(record.provenance.get("hardware_config")))
-            arms = frozenset(label.rpartition("/s")[0] for label in record.labels)
+            arms = frozenset(Label.parse(label).ablation_arm for label in record.labels)
             groups.setdefault(key, {}).setdefault(arms, []).append(record)
     pairs: list[tuple[float, float]] = []
     where: set[str] = set()

@@ -13,7 +13,7 @@ from retrace.core.config import Hardware
 from retrace.core.cost import Check, Cost, Expected, check_times, expected_time, makespan, measured_rates
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
-from retrace.core.record import Record
+from retrace.core.record import Label, Record
 from retrace.core.store import State, Store
 from retrace.core.units import duration, si
 
@@ -60,8 +60,7 @@ def print_plan(specs: Sequence[RunSpec], *, store: Store, console: Console) -> N
     states = {spec.id: store.run(spec.id).state() for spec in specs}
     lines: dict[object, list[RunSpec]] = {}
     for spec in specs:
-        arm = spec.labels[0].rpartition("/s")[0]
-        lines.setdefault((spec.paper, spec.program, arm, spec.hardware.name, costs[spec.id]), []).append(spec)
+        lines.setdefault((spec.paper, spec.program, _arm(spec), spec.hardware.name, costs[spec.id]), []).append(spec)
     on_gpu = hardware.device == "cuda"
     columns = ["run", "asked for by", "runs", "status", "tokens", "FLOPs", "time of one"]
     columns += ["GPU-hours of all", "memory of a GPU"] if on_gpu else ["memory of a process"]
@@ -94,7 +93,7 @@ def _cells(
 
 
 def _arm(spec: RunSpec) -> str:
-    return spec.labels[0].rpartition("/s")[0]
+    return Label.parse(spec.labels[0]).ablation_arm
 
 
 def _alike(records: Sequence[Record], specs: Sequence[RunSpec]) -> Sequence[Record]:

@@ -31,7 +31,7 @@ from retrace.core.lookup import names
 from retrace.core.mirrors import Card, flush_offline, write_offline
 from retrace.core.paper import load_paper
 from retrace.core.plan import load_ablations
-from retrace.core.record import Record
+from retrace.core.record import Label, Record
 from retrace.core.safety import refuse_secrets
 from retrace.core.store import RunDir, Store
 from retrace.core.tracking import read_lines, wandb_mode
@@ -136,8 +136,8 @@ def chosen(targets: Sequence[str], *, scale: str | None, store: Store) -> dict[s
             or names(target, record)
         ]
         if not taken:
-            labels = [label.rpartition("/s")[0] for record in records for label in record.labels]
-            parts = labels if "/" in rest else [label.partition("/")[0] for label in labels]
+            labels = [Label.parse(label) for record in records for label in record.labels]
+            parts = [label.ablation_arm if "/" in rest else label.ablation for label in labels]
             ids = [record.id for record in records]
             known = ids if target.startswith(f"{slug}-") else sorted({f"{slug}/{name}" for name in parts})
             near = difflib.get_close_matches(target, known, n=1, cutoff=0.5)
@@ -200,7 +200,7 @@ def _runs(
     slug: str, taken: Sequence[Record], verdicts: Mapping[str, Sequence[Verdict]], *, store: Store
 ) -> list[Rebuilt]:
     """The chosen records, and what the paper prints of their ablations at their scales."""
-    asked = {(record.scale, label.partition("/")[0]) for record in taken for label in record.labels}
+    asked = {(record.scale, Label.parse(label).ablation) for record in taken for label in record.labels}
     levels = boards.printed_levels(verdict for found in verdicts.values() for verdict in found)
     runs = [rebuild(record, store.run(record.id)) for record in taken]
     runs += [printed(slug, level) for level in levels if (level.scale, level.claim.ablation) in asked]

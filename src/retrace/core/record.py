@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, ValidationError
 
@@ -14,6 +14,28 @@ from retrace.core.config import Frozen
 SCHEMA = 1
 PAGE_NAME = r"^[a-z][a-z0-9_]*$"
 PageName = Annotated[str, Field(pattern=PAGE_NAME, max_length=60)]
+
+
+class Label(NamedTuple):
+    """Who asked for a run: an arm of an ablation, with a seed. As text it is "<ablation>/<arm>/s<seed>"."""
+
+    ablation: str
+    arm: str  # that of a command line's overrides may hold slashes
+    seed: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        ablation, _, rest = text.partition("/")
+        arm, _, seed = rest.rpartition("/s")
+        return cls(ablation, arm, seed)
+
+    @property
+    def ablation_arm(self) -> str:
+        """What all seeds share, `<ablation>/<arm>`."""
+        return f"{self.ablation}/{self.arm}"
+
+    def __str__(self) -> str:
+        return f"{self.ablation_arm}/s{self.seed}"
 
 
 class RunCost(Frozen):
@@ -33,7 +55,7 @@ class Record(Frozen):
     paper: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)
     program: str
     recipe: int
-    labels: tuple[str, ...]  # "<ablation>/<arm>/s<seed>"
+    labels: tuple[str, ...]  # see Label
     scale: str
     seed: int
     status: Literal["DONE", "DIVERGED"]
