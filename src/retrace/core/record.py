@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -11,7 +10,6 @@ from pydantic import Field, ValidationError
 
 from retrace.core.config import Frozen
 
-SCHEMA = 1
 PAGE_NAME = r"^[a-z][a-z0-9_]*$"
 PageName = Annotated[str, Field(pattern=PAGE_NAME, max_length=60)]
 
@@ -70,13 +68,9 @@ class Record(Frozen):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a record; raises ValueError, naming the file, for another schema or a broken file."""
-        text = path.read_text()
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(path.read_text())
         except ValidationError as error:
-            found = _schema_of(text)
-            if found not in (None, SCHEMA):
-                raise ValueError(f"{path}: schema {found}, this version reads schema {SCHEMA}; rerun the run") from None
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ValueError(f"{path}: not a record: {where}: {first['msg']}; delete it and rerun") from None
@@ -86,11 +80,3 @@ class Record(Frozen):
 
     def relabelled(self, labels: tuple[str, ...]) -> Self:
         return self.model_copy(update={"labels": labels})
-
-
-def _schema_of(text: str) -> Any:
-    try:
-        tree = json.loads(text)
-    except ValueError:
-        return None
-    return tree.get("schema") if isinstance(tree, Mapping) else None
