@@ -15,7 +15,7 @@ from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
 from retrace.core.record import Label, Record
 from retrace.core.store import State, Store
-from retrace.core.units import duration, si
+from retrace.core.units import duration, say, si
 
 LIBRARIES = 0.6e9  # bytes that a process takes beside its tensors
 
@@ -67,15 +67,12 @@ def print_plan(specs: Sequence[RunSpec], *, store: Store, console: Console) -> N
     table = Table(*columns, box=None, header_style="bold")
     for runs in lines.values():
         table.add_row(*_cells(runs, costs[runs[0].id], times[runs[0].id], states, on_gpu=on_gpu))
-    if console.is_terminal:
-        console.print(table)
-    else:
-        Console(file=console.file, width=200).print(table)
+    console.print(table)
     todo = [spec for spec in specs if not states[spec.id].finished]
     for text in _totals(specs, todo, costs, times, hardware):
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(console, text)
     for text in _reckoned([times[spec.id] for spec in specs], hardware, check_times(_alike(records, specs))):
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(console, text)
 
 
 def _cells(

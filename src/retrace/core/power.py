@@ -23,6 +23,7 @@ from retrace.core.plan import RunSpec
 from retrace.core.record import Label
 from retrace.core.reportview import show as texts_of
 from retrace.core.stats import POWER, seeds_needed, spread_range
+from retrace.core.units import say
 from retrace.core.verdicts import MIN_PAIRS, Verdict, margin_of
 
 
@@ -141,12 +142,9 @@ def show(slug: str, plan: PowerPlan, scale: str, *, unit: str, console: Console)
             table.add_column(name, justify="right", no_wrap=True)
         for power in plan.known:
             table.add_row(*map(Text, _cells(power)))
-        if console.is_terminal:
-            console.print(table)
-        else:
-            Console(file=console.file, width=200).print(table)
+        console.print(table)
     for text in _told(plan, scale):
-        console.print(text, highlight=False, soft_wrap=True)
+        say(console, text)
 
 
 def _cells(power: Power) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ from retrace.core.record import Label, Record
 from retrace.core.safety import refuse_secrets
 from retrace.core.store import RunDir, Store
 from retrace.core.tracking import read_lines, wandb_mode
+from retrace.core.units import say
 from retrace.core.upload import DIGEST, Server
 from retrace.core.verdicts import Verdict
 
@@ -261,7 +262,7 @@ def _digest_at(folder: Path) -> str | None:
 
 
 def _say(console: Console, told: str) -> None:
-    console.print(f"  {told}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"  {told}")
 
 
 def _say_built(
@@ -273,7 +274,7 @@ def _say_built(
     built += f" ({whole} with every logged line, {len(taken) - whole} with the curves of their records)"
     built += f", {len(runs) - len(taken)} lines of what the paper prints"
     built += f"; a report with the verdicts and {board.num_panels} panels, and a workspace: all valid"
-    console.print(built, highlight=False, markup=False, soft_wrap=True)
+    say(console, built)
 
 
 def _say_offline(asked: Tracking, num_runs: int, store: Store, console: Console) -> None:

@@ -18,7 +18,7 @@ from retrace.core.lookup import known_runs, names
 from retrace.core.plan import RunSpec, plan
 from retrace.core.planview import expected_seconds, shown
 from retrace.core.store import Store
-from retrace.core.units import duration
+from retrace.core.units import duration, say
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def watch(specs: Sequence[RunSpec] | None, *, store: Store, console: Console, ev
             else:
                 for run_id, line in status.lines.items():
                     if printed.get(run_id) != line:
-                        console.print(line, highlight=False, markup=False, soft_wrap=True)
+                        say(console, line)
                 printed = status.lines
             time.sleep(every)
     _print(status, console)
@@ -131,5 +131,5 @@ def named_runs(words: Sequence[str], *, store: Store) -> dict[str, str]:
 
 def _print(status: Status, console: Console) -> None:
     if status.lines:
-        console.print("\n".join(status.lines.values()), highlight=False, markup=False, soft_wrap=True)
-    console.print(status.total, highlight=False, soft_wrap=True)
+        say(console, "\n".join(status.lines.values()))
+    say(console, status.total)
