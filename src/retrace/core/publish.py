@@ -27,13 +27,15 @@ from retrace.core.compose import compose
 from retrace.core.config import Tracking, validate
 from retrace.core.discovery import configs_of
 from retrace.core.files import write_atomic
+from retrace.core.lookup import names
 from retrace.core.mirrors import Card, flush_offline, write_offline
 from retrace.core.paper import load_paper
 from retrace.core.plan import load_ablations
-from retrace.core.record import Record
+from retrace.core.record import Label, Record
 from retrace.core.safety import refuse_secrets
 from retrace.core.store import RunDir, Store
 from retrace.core.tracking import read_lines, wandb_mode
+from retrace.core.units import say
 from retrace.core.upload import DIGEST, Server
 from retrace.core.verdicts import Verdict
 
@@ -132,13 +134,13 @@ def chosen(targets: Sequence[str], *, scale: str | None, store: Store) -> dict[s
             for record in records
             if target == slug
             or (rest and any(f"{label}/".startswith(f"{rest}/") for label in record.labels))
-            or (target.startswith(f"{slug}-") and record.id.startswith(target))
+            or names(target, record)
         ]
         if not taken:
-            labels = [label.rpartition("/s")[0] for record in records for label in record.labels]
-            names = labels if "/" in rest else [label.partition("/")[0] for label in labels]
+            labels = [Label.parse(label) for record in records for label in record.labels]
+            parts = [label.ablation_arm if "/" in rest else label.ablation for label in labels]
             ids = [record.id for record in records]
-            known = ids if target.startswith(f"{slug}-") else sorted({f"{slug}/{name}" for name in names})
+            known = ids if target.startswith(f"{slug}-") else sorted({f"{slug}/{name}" for name in parts})
             near = difflib.get_close_matches(target, known, n=1, cutoff=0.5)
             raise ValueError(
                 f"{target}: no record{at} of it" + (f"; did you mean '{near[0]}'?" if near else "; see `retrace list`")
@@ -199,7 +201,7 @@ def _runs(
     slug: str, taken: Sequence[Record], verdicts: Mapping[str, Sequence[Verdict]], *, store: Store
 ) -> list[Rebuilt]:
     """The chosen records, and what the paper prints of their ablations at their scales."""
-    asked = {(record.scale, label.partition("/")[0]) for record in taken for label in record.labels}
+    asked = {(record.scale, Label.parse(label).ablation) for record in taken for label in record.labels}
     levels = boards.printed_levels(verdict for found in verdicts.values() for verdict in found)
     runs = [rebuild(record, store.run(record.id)) for record in taken]
     runs += [printed(slug, level) for level in levels if (level.scale, level.claim.ablation) in asked]
@@ -260,7 +262,7 @@ def _digest_at(folder: Path) -> str | None:
 
 
 def _say(console: Console, told: str) -> None:
-    console.print(f"  {told}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"  {told}")
 
 
 def _say_built(
@@ -272,7 +274,7 @@ def _say_built(
     built += f" ({whole} with every logged line, {len(taken) - whole} with the curves of their records)"
     built += f", {len(runs) - len(taken)} lines of what the paper prints"
     built += f"; a report with the verdicts and {board.num_panels} panels, and a workspace: all valid"
-    console.print(built, highlight=False, markup=False, soft_wrap=True)
+    say(console, built)
 
 
 def _say_offline(asked: Tracking, num_runs: int, store: Store, console: Console) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrace.core.data import draw
+from retrace.papers.quietstar.losses import draw
 
 
 @pytest.mark.parametrize("vocab_size", [37, 64, 96, 4096])
