@@ -90,13 +90,13 @@ def seal(folder: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(final: Path, *, temporary: Path) -> Iterator[Path]:
-    """A sealed folder that appears under its name, in place of what is there, only when the block has filled it."""
+    """A sealed folder that appears under its name, in place of one that is there, only when the block has filled it."""
     remove(temporary)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         seal(temporary)
-        remove(final)
+        shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
     except BaseException:  # on a full disk it would be in the way of the reason, and of all other runs
         remove(temporary)
