@@ -29,10 +29,15 @@ def micro_batches(
 ) -> Iterator[tuple[int, range]]:
     """(index of the micro-batch, its rows in the infinite stream) of one step, for one process.
 
-    Micro-batches are dealt to processes in turn, so the global batch is the same for any number of processes, which
-    divides it (`Optim.check_processes`).
+    Micro-batches are dealt to processes in turn, so the global batch is the same for any number of processes.
+    Raises ValueError where the global batch does not divide.
     """
-    assert batch_size % (micro_batch_size * num_processes) == 0
+    per_round = micro_batch_size * num_processes
+    if batch_size % per_round:
+        raise ValueError(
+            f"batch_size={batch_size} does not divide into micro-batches of {micro_batch_size} on {num_processes} "
+            f"processes: choose micro_batch_size so that {per_round} divides the batch"
+        )
     for index in range(rank, batch_size // micro_batch_size, num_processes):
         start = step * batch_size + index * micro_batch_size
         yield index, range(start, start + micro_batch_size)
