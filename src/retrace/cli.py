@@ -22,6 +22,7 @@ from retrace.core.config import CONFIGS, HOME
 from retrace.core.discovery import papers
 from retrace.core.paper import load_paper
 from retrace.core.safety import RedactingFormatter, deny_others, redact, redact_tracebacks
+from retrace.core.units import say
 from retrace.usage import Commands, Output, WrongUsage, explain_usage, teach
 
 app = typer.Typer(cls=Commands, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -173,7 +174,7 @@ def cancel(
     chosen = named_runs(words, store=store)
     told = squeue.cancel([store.run(run_id) for run_id in chosen if not store.run(run_id).state().finished])
     for run_id, what in told.items():
-        console.print(f"{run_id}  {chosen[run_id]}  {what}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{run_id}  {chosen[run_id]}  {what}")
     cancelled = sum(" cancelled, " in what for what in told.values())
     console.print(f"{len(chosen)} runs: {cancelled} cancelled, {len(chosen) - len(told)} finished", highlight=False)
 
@@ -209,10 +210,10 @@ def report(
         outlook = outlooks(slug, results.claims, scales=scales_of(slug), records=results.records)
         build_report(results, scale=scale, now=now, out=out, outlook=outlook)
         print_verdicts(results.verdicts[scale], console=console)
-        console.print(f"\nreport: {out / 'index.html'} and REPORT.md beside it", soft_wrap=True)
+        say(console, f"\nreport: {out / 'index.html'} and REPORT.md beside it")
     here = [results for slug, results in known.items() if (store.results / slug).is_dir()]
     build_overview(here, now=now, out=store.results)
-    console.print(f"all papers: {store.results / 'index.html'} and README.md beside it", soft_wrap=True)
+    say(console, f"all papers: {store.results / 'index.html'} and README.md beside it")
 
 
 @app.command(epilog=teach("publish"))
@@ -257,7 +258,7 @@ def dashboard(
     from retrace.core.dashboard import serving
 
     with serving(port=port) as url:
-        console.print(f"open {url}  (Ctrl-C ends it; the runs go on)", highlight=False, soft_wrap=True)
+        say(console, f"open {url}  (Ctrl-C ends it; the runs go on)")
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from scorers import CausalLMScorer, PlainScorer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -19,7 +20,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from retrace.core.answers import answer_ids
 from retrace.core.evaluate import _load, evaluate_task, scorer_model
 from retrace.core.requests import Responses, Scorer, encode_pair
-from retrace.core.scoring import CausalLMScorer, PositionScorer
 from retrace.core.tasks import read_task
 
 CHARACTERS = "\n " + "".join(chr(code) for code in range(33, 127))
@@ -115,7 +115,7 @@ def model_of(scorer: Scorer, *, seed: int = 0) -> Any:
     )
 
 
-class Bigram(PositionScorer):
+class Bigram(PlainScorer):
     """The next token depends on the last one alone, by a table of weights that a reader can multiply out."""
 
     def __init__(self, weights: dict[str, dict[str, float]]) -> None:
@@ -233,7 +233,7 @@ def test_generation_equals_lm_evals(pair, plain, monkeypatch):
     assert len(set(expected)) == 3
     ours = model_of(scorer)
     if plain:
-        monkeypatch.setattr(scorer, "generate", functools.partial(PositionScorer.generate, scorer))
+        monkeypatch.setattr(scorer, "generate", functools.partial(PlainScorer.generate, scorer))
     assert ours.generate_until(requests_of(*[(t, settings) for t in texts])) == expected
     assert ours.num_shortened == 1
     with pytest.raises(ValueError, match="leave no room"):
@@ -248,7 +248,7 @@ def test_sampled_texts_are_the_same_with_and_without_a_cache_and_in_any_batch(pa
     seeds = [11, 12, 13, 14, 15, 16]
     together = scorer.generate(contexts, seeds=seeds, **settings)
     alone = [scorer.generate([c], seeds=[s], **settings)[0] for c, s in zip(contexts, seeds, strict=True)]
-    plain = PositionScorer.generate(scorer, contexts, seeds=seeds, **settings)
+    plain = PlainScorer.generate(scorer, contexts, seeds=seeds, **settings)
     cut = [[text.partition("e")[0] for text in texts] for texts in (together, alone, plain)]
     assert cut[0] == cut[1] == cut[2]
     assert len(set(cut[0])) > 4

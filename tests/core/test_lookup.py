@@ -41,7 +41,7 @@ def store(tmp_path: Path) -> Store:
 
 def find(word: str, store: Store) -> str | None:
     found = find_run(word, paper="demo", program="train", store=store)
-    return found and found.run.id
+    return found and found.id
 
 
 @pytest.mark.parametrize("word", ["demo-train-abc1", "demo-train-a", "demo-t", LABEL, f"demo/{LABEL}", "demo-"])

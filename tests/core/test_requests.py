@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from scorers import CausalLMScorer, choose
 from test_evaluate import DIGITS, TEXT, Bigram, byte_pair_tokenizer, requests_of, tiny_model, write_task
 
 from retrace.core.answers import FirstInteger
 from retrace.core.evaluate import evaluate_task, scorer_model
 from retrace.core.requests import GenerationSettings, Responses, ScorerRequests
-from retrace.core.scoring import CausalLMScorer, choose
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_local_rows(tmp_path):
     check(tmp_path, "sums", data_dir=tmp_path)
     task = read_task("sums", tasks_dir=tmp_path)
     assert read_rows(task, data_dir=tmp_path, generated={}) == {"test": [{"question": "a\u2028b"}, {"question": "c"}]}
-    for text, message in (("", "no rows in it"), ("question: a\n", "not JSON lines")):
+    for text, message in (("", "no rows in it"), ("question: a\n", "test.jsonl: line 1 is not JSON")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_rows(task, data_dir=tmp_path, generated={})

@@ -6,13 +6,15 @@ import itertools
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from retrace.papers.mm1.choices import PARTS_BLOCK
 from retrace.papers.mm1.documents import CAPTION, TEXT_FAMILIES, build_tokenizer, draft, encode
-from retrace.papers.mm1.images import draw
+from retrace.papers.mm1.images import DIGIT_PIXELS, NATIVE, _put_digits, draw
 from retrace.papers.mm1.packing import Draft, Picture
 from retrace.papers.mm1.pairs import Pairs
 from retrace.papers.mm1.parts import DIGIT_BLOCKS, VARIED, PartsSource
@@ -80,6 +82,21 @@ def test_a_smaller_image_is_the_area_average_of_the_larger() -> None:
     assert (torch.nn.functional.avg_pool2d(large, 3) - small)[inner].abs().max() < 1e-5
     with pytest.raises(ValueError, match="image_size=97: procedural images have 96 pixels a side"):
         draw(some, image_size=97)
+
+
+@pytest.mark.parametrize("grid", [3, 6, 9, 12])
+def test_the_patches_of_a_grid_cut_a_digit_alike_in_all_four_corners(grid: int) -> None:
+    """Or an encoder that reads it in one learns nothing for the others."""
+    plane_NN, height = np.zeros((NATIVE, NATIVE), np.float32), DIGIT_PIXELS[0].shape[0]
+    _put_digits(plane_NN, ("7", "7", "7", "7"), np.full(8, 0.99, np.float32))
+    assert plane_NN.sum() == 4 * DIGIT_PIXELS[7].sum(), "one lies over the edge, or over another"
+    small = F.interpolate(torch.from_numpy(plane_NN)[None, None], size=4 * grid, mode="area")[0, 0]
+    patches = small.unfold(0, 4, 4).unfold(1, 4, 4)  # (grid, grid, 4, 4)
+    apart, reach = 2 * grid // 3, grid // 3  # a digit lies within a third of the image
+    assert height < NATIVE / 3
+    first = patches[:reach, :reach]
+    for down, right in ((0, apart), (apart, 0), (apart, apart)):
+        torch.testing.assert_close(patches[down : down + reach, right : right + reach], first)
 
 
 def test_digits_are_legible_only_at_higher_resolution_and_colors_at_any() -> None:

@@ -7,9 +7,8 @@ import torch
 from thinkers import HIDDEN_IDS, build, seeded
 from torch import Tensor
 
-from retrace.core.data import draw
 from retrace.papers.quietstar.generation import generate
-from retrace.papers.quietstar.losses import Generators, uniform
+from retrace.papers.quietstar.losses import Generators, draw, uniform
 from retrace.papers.quietstar.model import ThoughtModel
 
 NUM_NEW = 7

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from scorers import CausalLMScorer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -18,7 +19,6 @@ from retrace.core.compose import compose
 from retrace.core.config import CONFIGS, validate
 from retrace.core.evaluate import _load, evaluate_task
 from retrace.core.requests import GenerationSettings
-from retrace.core.scoring import CausalLMScorer
 from retrace.core.tasks import list_tasks, read_rows, read_task, validate_tasks
 from retrace.papers.quietstar import corpus
 from retrace.papers.quietstar.tokenizer import build_tokenizer

@@ -16,7 +16,7 @@ from retrace.core.mirrors import Card
 from retrace.core.pages import OUTCOME_SYMBOLS, markdown
 from retrace.core.paper import Paper
 from retrace.core.plan import Ablation
-from retrace.core.record import Record
+from retrace.core.record import Label, Record
 from retrace.core.reportview import DIAGNOSTICS, summary, view_verdict
 from retrace.core.stats import estimate
 from retrace.core.verdicts import Verdict
@@ -141,7 +141,8 @@ def _grids(
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces import expr
 
-    runs = [r for r in records if r.scale == scale and any(label.startswith(f"{ablation.name}/") for label in r.labels)]
+    asked = [r for r in records if ablation.name in (Label.parse(label).ablation for label in r.labels)]
+    runs = [r for r in asked if r.scale == scale]
     claimed = [
         (metric, next(iter(arm.samples.values())).record.program)
         for verdict in verdicts

@@ -15,7 +15,6 @@ it: they are as they were built.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,23 +105,14 @@ def save(
     tensors = whole(tensors, keep=write)
     if not write:
         return
-    temporary, final, log = folder / ".tmp", folder / f"step_{step:08d}", folder.parent / LOG
-    _remove(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    log = folder.parent / LOG
+    with files.whole_folder(folder / f"step_{step:08d}", temporary=folder / ".tmp") as temporary:
         save_file(tensors, temporary / TENSORS)
         files.write_json(temporary / STATE, {**state, "step": step, "run": folder.parent.name})
         if log.exists():
             shutil.copyfile(log, temporary / LOG)
-        files.seal(temporary)
-        _remove(final)
-        os.replace(temporary, final)
-    except BaseException:  # on a full disk it would be in the way of the reason, and of all other runs
-        _remove(temporary)
-        raise
-    files.sync_folder(folder)
     for old in sorted(folder.glob(STEPS))[:-KEEP]:
-        _remove(old)
+        files.remove(old)
 
 
 def newest(folder: Path) -> tuple[int, str]:
@@ -138,7 +128,7 @@ def newest(folder: Path) -> tuple[int, str]:
             step = int(path.name.removeprefix("step_"))
             break
         damaged.append(f"{path.name} is damaged ({damage})")
-        _remove(path)
+        files.remove(path)
     if not damaged:
         return step, ""
     instead = "none is left, so this run began anew" if step < 0 else f"this run went on from step {step}"
@@ -186,11 +176,3 @@ def _damage(path: Path) -> str | None:
     if path.name != f"step_{state['step']:08d}":
         return f"it is of step {state['step']}"
     return None
-
-
-def _remove(path: Path) -> None:
-    """A folder, or whatever has its name."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -114,12 +114,21 @@ class Hardware(Placement):
         return self
 
     @property
+    def unit(self) -> str:
+        """What its hours are of: 'GPU' or 'core'."""
+        return "GPU" if self.device == "cuda" else "core"
+
+    @property
     def slots(self) -> int:
         """How many runs go on side by side, here or in the cluster."""
         if self.slurm:
             return self.slurm.array_parallelism
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.parallel_runs or max(1, cores // (self.threads * self.processes))
+        return self.parallel_runs or max(1, num_cores() // (self.threads * self.processes))
+
+
+def num_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Tracking(Placement):

@@ -12,7 +12,7 @@ from statistics import median
 
 from retrace.core.config import Hardware
 from retrace.core.optim import Precision
-from retrace.core.record import Record
+from retrace.core.record import Label, Record
 
 FP32, BF16 = 4, 2
 KEPT: dict[Precision, int] = {"fp32": FP32, "fp32_master": FP32, "pure_bf16": BF16}  # bytes that the optimizer keeps
@@ -168,21 +168,22 @@ class Check:
 
 def check_times(records: Iterable[Record]) -> Check | None:
     """None where no program of one scale and hardware config has runs of two arms."""
-    groups: dict[tuple[str, str, str, str], dict[frozenset[str], list[Record]]] = {}
+    groups: dict[tuple[str, str, str, str], dict[frozenset[str], list[tuple[float, float]]]] = {}
     for record in records:
-        if record.cost.seconds and record.cost.flops:
+        flops, seconds = record.cost.flops, record.cost.seconds
+        if flops and seconds:
             key = (record.paper, record.program, record.scale, str(record.provenance.get("hardware_config")))
-            arms = frozenset(label.rpartition("/s")[0] for label in record.labels)
-            groups.setdefault(key, {}).setdefault(arms, []).append(record)
+            arms = frozenset(Label.parse(label).ablation_arm for label in record.labels)
+            groups.setdefault(key, {}).setdefault(arms, []).append((flops, seconds))
     pairs: list[tuple[float, float]] = []
     where: set[str] = set()
     for (_, _, scale, hardware), by_arms in groups.items():
-        rates = {arms: sorted(map(_rate, runs)) for arms, runs in by_arms.items()}
+        rates = {arms: sorted(flops / seconds for flops, seconds in runs) for arms, runs in by_arms.items()}
         for arms, runs in by_arms.items():
             others = [rate for theirs, found in rates.items() if not arms & theirs for rate in found]
             if others:
                 speed = median(others)
-                pairs += [(_rate(record) * _seconds(record) / speed, _seconds(record)) for record in runs]
+                pairs += [(flops / speed, seconds) for flops, seconds in runs]
                 where.add(f"{scale} on {hardware}")
     if not pairs:
         return None
@@ -190,17 +191,6 @@ def check_times(records: Iterable[Record]) -> Check | None:
     most = errors[min(len(errors) - 1, 9 * len(errors) // 10)]
     total = sum(predicted for predicted, _ in pairs) / sum(measured for _, measured in pairs)
     return Check(len(pairs), median(errors), most, total, tuple(sorted(where)))
-
-
-def _seconds(record: Record) -> float:
-    assert record.cost.seconds
-    return record.cost.seconds
-
-
-def _rate(record: Record) -> float:
-    """FLOPs a second."""
-    assert record.cost.flops
-    return record.cost.flops / _seconds(record)
 
 
 def makespan(seconds: Sequence[float | None], slots: int) -> float | None:

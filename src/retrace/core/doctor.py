@@ -15,10 +15,11 @@ import psutil
 from rich.console import Console
 
 from retrace.core import provenance, squeue
-from retrace.core.config import Hardware, Tracking, data_root, read_yaml, validate
+from retrace.core.config import Hardware, Tracking, data_root, num_cores, read_yaml, validate
 from retrace.core.discovery import configs_of, papers
 from retrace.core.plan import load_ablations, plan
 from retrace.core.tracking import wandb_mode
+from retrace.core.units import say
 
 NEEDED_GIB = 1.0
 WORKER_GIB = 0.7  # what a process takes before it has a model
@@ -33,9 +34,9 @@ def print_checks(console: Console, *, home: Path, configs: Path) -> int:
     marks = {True: "[green]ok[/]     ", False: "[red]missing[/]", None: "[yellow]none[/]   "}
     for fine, what, remedy in _checks(home, configs):
         console.print(f"{marks[fine]} ", end="")
-        console.print(what, highlight=False, markup=False, soft_wrap=True)
+        say(console, what)
         if remedy and not fine:
-            console.print(f"        -> {remedy}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"        -> {remedy}")
         wrong += fine is False
     if wrong:
         console.print(f"{wrong} missing; 'none' is something that only some commands need")
@@ -92,7 +93,7 @@ def _version(package: str) -> str | None:
 
 
 def _machine(home: Path) -> Iterator[Check]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     yield True, f"{cores} cores: {provenance.processor()}", ""
     free, total = (value / 2**30 for value in (psutil.virtual_memory().available, psutil.virtual_memory().total))
     runs = max(1, int(free / WORKER_GIB))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,16 @@ def try_json(path: Path) -> Any | None:
         return None
 
 
+def json_lines(lines: Iterable[str], *, path: Path) -> Iterator[Any]:
+    """What each line of a file of JSON lines holds, blank ones left out; raises ValueError for a broken one."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
+
+
 def fingerprint(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
@@ -73,6 +86,30 @@ def seal(folder: Path) -> None:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
     write_json(folder / MANIFEST, {file.name: [file.stat().st_size, fingerprint(file)] for file in files})
+
+
+@contextlib.contextmanager
+def whole_folder(final: Path, *, temporary: Path) -> Iterator[Path]:
+    """A sealed folder that appears under its name, in place of one that is there, only when the block has filled it."""
+    remove(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        seal(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    except BaseException:  # on a full disk it would be in the way of the reason, and of all other runs
+        remove(temporary)
+        raise
+    sync_folder(final.parent)
+
+
+def remove(path: Path) -> None:
+    """A folder, or whatever has its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def damage(folder: Path, *, needed: tuple[str, ...] = ()) -> str | None:

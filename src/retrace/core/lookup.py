@@ -2,73 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from retrace.core.files import read_json, try_json
-from retrace.core.store import RunDir, Store
+from retrace.core.record import Record
+from retrace.core.store import Store
 
 
 @dataclass(frozen=True)
-class FoundRun:
-    """A finished run on disk, with what its config.json says of it."""
+class KnownRun:
+    """What config.json says of a run on disk; the id alone where it can't be read."""
 
-    run: RunDir
-    paper: str
-    program: str
-    scale: str
-    seed: int
-    labels: tuple[str, ...]
-    parents: dict[str, str]
+    id: str
+    paper: str = ""
+    program: str = ""
+    scale: str = ""
+    seed: int = 0
+    labels: tuple[str, ...] = ()
+    parents: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The first label, or nothing."""
+        return next(iter(self.labels), "")
 
 
-def find_run(word: str, *, paper: str, program: str, store: Store) -> FoundRun | None:
-    """The finished run of a program that `word` names, or None where nothing on disk has such a name.
+def known_runs(store: Store) -> list[KnownRun]:
+    """Every run on disk, by id; a broken config hides no other run."""
+    found = []
+    for path in sorted(store.runs.glob("*/config.json")):
+        tree = {name: value for name, value in (try_json(path) or {}).items() if name in KnownRun.__annotations__}
+        labels = tuple(tree.get("labels", ()))
+        found.append(KnownRun(**tree | {"id": path.parent.name, "labels": labels}))
+    return found
 
-    `word` is an id, the start of one id alone, `<ablation>/<arm>/s<seed>` or `<paper>/<ablation>/<arm>/s<seed>`; of
-    runs that build on each other, the last is meant.
+
+def names(word: str, run: KnownRun | Record) -> bool:
+    """Whether `word` is the run's id, a start of it with a dash, `<ablation>/<arm>/s<seed>` or that behind the paper.
+
+    The dash is asked for since a paper's name begins the ids of all its runs.
+    """
+    return ("-" in word and run.id.startswith(word)) or word.removeprefix(f"{run.paper}/") in run.labels
+
+
+def find_run(word: str, *, paper: str, program: str, store: Store) -> KnownRun | None:
+    """The finished run of a program that `word` names (see `names`), or None where nothing on disk has such a name.
+
+    Of a whole id and longer ones the whole one is meant; of runs that build on each other, the last.
     Raises ValueError where it names runs of other programs only, several runs, or one that is not finished.
     """
-    named = [found for found in _runs(store) if found.paper == paper and _is_named(found, word)]
-    named = [found for found in named if found.run.id == word] or named
-    own = [found for found in named if found.program == program]
+    runs = [_with_recorded_labels(run, store=store) for run in known_runs(store) if run.paper == paper]
+    named = [run for run in runs if names(word, run)]
+    named = [run for run in named if run.id == word] or named
+    own = [run for run in named if run.program == program]
     if named and not own:
-        raise ValueError(f"{word}: a run of program '{named[0].program}': expected one of '{program}'{_hint(named[0])}")
-    finished = [found for found in own if found.run.state().status == "DONE"]
+        hint = f"; it builds on {', '.join(named[0].parents.values())}" if named[0].parents else ""
+        raise ValueError(f"{word}: a run of program '{named[0].program}': expected one of '{program}'{hint}")
+    states = {run.id: store.run(run.id).state().status for run in own}
+    finished = [run for run in own if states[run.id] == "DONE"]
     if own and not finished:
-        state = own[0].run.state()
         raise ValueError(
-            f"{word}: run {own[0].run.id} is {state.status}: expected one that is DONE; see `retrace status`"
+            f"{word}: run {own[0].id} is {states[own[0].id]}: expected one that is DONE; see `retrace status`"
         )
-    earlier = {parent for found in finished for parent in found.parents.values()}
-    finished = [found for found in finished if found.run.id not in earlier]
+    earlier = {parent for run in finished for parent in run.parents.values()}
+    finished = [run for run in finished if run.id not in earlier]
     if len(finished) > 1:
-        ids = ", ".join(f"{found.run.id} (scale {found.scale}, seed {found.seed})" for found in finished[:4])
+        ids = ", ".join(f"{run.id} (scale {run.scale}, seed {run.seed})" for run in finished[:4])
         more = f" and {len(finished) - 4} more" if len(finished) > 4 else ""
         raise ValueError(f"{word}: names {len(finished)} finished runs: give the id of one: {ids}{more}")
     return finished[0] if finished else None
 
 
-def _runs(store: Store) -> Iterator[FoundRun]:
-    for path in sorted(store.runs.glob("*/config.json")):
-        tree = try_json(path)
-        if tree is None:
-            continue  # a broken one hides no other run
-        record = read_json(store.record_path(tree["paper"], path.parent.name)) or {}
-        yield FoundRun(
-            run=RunDir(path.parent),
-            paper=tree["paper"],
-            program=tree["program"],
-            scale=tree["scale"],
-            seed=tree["seed"],
-            labels=(*tree["labels"], *record.get("labels", ())),  # a later plan's are in the record only
-            parents=tree["parents"],
-        )
-
-
-def _is_named(found: FoundRun, word: str) -> bool:
-    return bool(word) and (found.run.id.startswith(word) or word.removeprefix(f"{found.paper}/") in found.labels)
-
-
-def _hint(found: FoundRun) -> str:
-    return f"; it builds on {', '.join(found.parents.values())}" if found.parents else ""
+def _with_recorded_labels(run: KnownRun, *, store: Store) -> KnownRun:
+    """Those of a plan that came after the run was finished are in its record only."""
+    record = read_json(store.record_path(run.paper, run.id)) or {}
+    return dataclasses.replace(run, labels=(*run.labels, *record.get("labels", ())))

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 from retrace.core.config import HOME
 from retrace.core.identity import science
 from retrace.core.plan import RunSpec
-from retrace.core.record import Record
+from retrace.core.record import Label, Record
 
 log = logging.getLogger("retrace")
 INIT_SECONDS = 20.0  # for W&B to answer
@@ -41,9 +41,8 @@ class Card:
     def of(cls, run: RunSpec | Record) -> Card:
         """The card of a run or of its record: the same, but for labels that a record has gathered since."""
         arms: dict[str, list[str]] = {}
-        for label in run.labels:
-            ablation, _, rest = label.partition("/")
-            arms.setdefault(ablation, []).append(rest.rpartition("/s")[0])
+        for label in map(Label.parse, run.labels):
+            arms.setdefault(label.ablation, []).append(label.arm)
         first = run.labels[0] if run.labels else run.id
         config = dict(run.config) if isinstance(run, Record) else science(run.config)
         config |= {name: getattr(run, name) for name in ("paper", "program", "recipe", "scale", "seed")}
@@ -52,7 +51,7 @@ class Card:
         return cls(
             id=run.id,
             name=f"{first} {run.program}",
-            group=f"{run.paper}/{first.partition('/')[0]}",
+            group=f"{run.paper}/{Label.parse(first).ablation}",
             job_type=run.program,
             tags=(f"scale:{run.scale}", f"seed:{run.seed}", *sorted(arms)),
             config=config,

@@ -10,7 +10,7 @@ from retrace.core.claims import Claim
 from retrace.core.config import Hardware
 from retrace.core.plan import RunSpec, plan
 from retrace.core.planview import cost_of, expected_times
-from retrace.core.record import Record
+from retrace.core.record import Label, Record
 from retrace.core.units import si
 
 MACHINES = {"laptop": "cpu", "gpu": "gpu1_h100", "paper": "gpu8"}  # the smallest hardware that each scale is made for
@@ -83,13 +83,16 @@ def _outlook(
         total = sum(known) * hardware.processes / 3600 if len(known) == len(counted) else None
         return Need(name, len(some), sum(costs[spec.id].flops for spec in some), total)
 
-    names = dict.fromkeys(label.partition("/")[0] for spec in specs for label in spec.labels)
+    asked: dict[str, dict[str, RunSpec]] = {}
+    for spec in specs:
+        for label in spec.labels:
+            asked.setdefault(Label.parse(label).ablation, {})[spec.id] = spec
     return Outlook(
         scale=scale,
         claims=claims,
         total=need("all", specs),
-        ablations=tuple(need(n, (s for s in specs if any(t.startswith(f"{n}/") for t in s.labels))) for n in names),
-        unit="GPU-hours" if hardware.device == "cuda" else "core-hours",
+        ablations=tuple(need(name, runs.values()) for name, runs in asked.items()),
+        unit=f"{hardware.unit}-hours",
         assumption=_assumption(hardware),
         plan=f"retrace plan {slug} {' '.join(_words(scale))}",
         run=f"retrace run {slug} {' '.join(_words(scale))}",

@@ -23,6 +23,7 @@ from retrace.core.config import SCALES, Experiment, Frozen, Hardware, Scale, Tra
 from retrace.core.discovery import configs_of, papers
 from retrace.core.identity import run_id
 from retrace.core.paper import Paper, Stage, load_paper
+from retrace.core.record import Label
 from retrace.core.safety import refuse_secrets
 
 _NOT_SWEPT = ("hardware", "tracking")  # say where a run happens
@@ -65,7 +66,7 @@ class RunSpec:
     seed: int
     config: Frozen
     parents: Mapping[str, str]
-    labels: tuple[str, ...]  # "<ablation>/<arm>/s<seed>": who asked for this run; no part of its identity
+    labels: tuple[str, ...]  # who asked for this run, see record.Label; no part of its identity
     hardware: Hardware
     tracking: Tracking
     accepts_diverged: bool = False  # it runs also where a parent diverged
@@ -141,7 +142,7 @@ def plan(targets: Sequence[str], overrides: Sequence[str] = (), *, check: bool =
             for arm, seed, lines in _arms(ablation, sweep):
                 if not name and _scale(ablation, lines) not in ablation.scales:
                     continue
-                label = f"{ablation.name}/{arm}/s{seed}"
+                label = str(Label(ablation.name, arm, str(seed)))
                 experiment = _compose(paper, ablation, lines)
                 texts.append(experiment.model_dump_json())
                 if check:

@@ -13,9 +13,9 @@ from retrace.core.config import Hardware
 from retrace.core.cost import Check, Cost, Expected, check_times, expected_time, makespan, measured_rates
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
-from retrace.core.record import Record
+from retrace.core.record import Label, Record
 from retrace.core.store import State, Store
-from retrace.core.units import duration, si
+from retrace.core.units import duration, say, si
 
 LIBRARIES = 0.6e9  # bytes that a process takes beside its tensors
 
@@ -60,23 +60,19 @@ def print_plan(specs: Sequence[RunSpec], *, store: Store, console: Console) -> N
     states = {spec.id: store.run(spec.id).state() for spec in specs}
     lines: dict[object, list[RunSpec]] = {}
     for spec in specs:
-        arm = spec.labels[0].rpartition("/s")[0]
-        lines.setdefault((spec.paper, spec.program, arm, spec.hardware.name, costs[spec.id]), []).append(spec)
+        lines.setdefault((spec.paper, spec.program, _arm(spec), spec.hardware.name, costs[spec.id]), []).append(spec)
     on_gpu = hardware.device == "cuda"
     columns = ["run", "asked for by", "runs", "status", "tokens", "FLOPs", "time of one"]
     columns += ["GPU-hours of all", "memory of a GPU"] if on_gpu else ["memory of a process"]
     table = Table(*columns, box=None, header_style="bold")
     for runs in lines.values():
         table.add_row(*_cells(runs, costs[runs[0].id], times[runs[0].id], states, on_gpu=on_gpu))
-    if console.is_terminal:
-        console.print(table)
-    else:
-        Console(file=console.file, width=200).print(table)
+    console.print(table)
     todo = [spec for spec in specs if not states[spec.id].finished]
     for text in _totals(specs, todo, costs, times, hardware):
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(console, text)
     for text in _reckoned([times[spec.id] for spec in specs], hardware, check_times(_alike(records, specs))):
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(console, text)
 
 
 def _cells(
@@ -94,7 +90,7 @@ def _cells(
 
 
 def _arm(spec: RunSpec) -> str:
-    return spec.labels[0].rpartition("/s")[0]
+    return Label.parse(spec.labels[0]).ablation_arm
 
 
 def _alike(records: Sequence[Record], specs: Sequence[RunSpec]) -> Sequence[Record]:
@@ -118,7 +114,7 @@ def _totals(
     unknown = len(todo) - len(seconds)
     least = "at least " if unknown else ""
     rest = f", and {unknown} run{'s' * (unknown != 1)} of unknown time" if unknown else ""
-    unit = "GPU" if hardware.device == "cuda" else "core"
+    unit = hardware.unit
     if seconds or not todo:
         hours, held = sum(seconds) / 3600, sum(seconds) / 3600 * hardware.processes
         yield (

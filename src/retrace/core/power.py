@@ -21,10 +21,12 @@ from retrace.core.config import SCALES
 from retrace.core.cost import Expected
 from retrace.core.plan import RunSpec
 from retrace.core.planview import cost_of, expected_times, records_of
+from retrace.core.record import Label
 from retrace.core.reportview import show as texts_of
 from retrace.core.results import load_results
 from retrace.core.stats import POWER, seeds_needed, spread_range
 from retrace.core.store import Store
+from retrace.core.units import say
 from retrace.core.verdicts import MIN_PAIRS, Verdict, margin_of
 
 
@@ -79,17 +81,18 @@ def plan_power(
     smaller = list(reversed(SCALES[: SCALES.index(scale) + 1]))
     known: list[Power] = []
     unknown: list[Claim] = []
+    labels = [(spec, Label.parse(text)) for spec in specs for text in spec.labels]
     for claim in claims:
         arms = {f"{claim.ablation}/{arm}" for arm, _ in claim.cells}
-        runs = [s for s in specs if any(label.rpartition("/s")[0] in arms for label in s.labels)]
+        asked = [(spec, label) for spec, label in labels if label.ablation_arm in arms]
+        runs = list({spec.id: spec for spec, _ in asked}.values())
         if scale not in claim.testable_at or not runs:
             continue
         seen = _seen(claim, [v for name in smaller for v in verdicts.get(name, ())])
         if seen is None:
             unknown.append(claim)
         else:
-            seeds = {label for s in runs for label in s.labels if label.rpartition("/s")[0] in arms}
-            planned = len({label.rpartition("/s")[2] for label in seeds})
+            planned = len({label.seed for _, label in asked})
             found = _power(claim, seen, planned, _hours_of_a_seed(runs, times, planned))
             known.append(replace(found, at_least=any(times[run.id] is None for run in runs)))
     return PowerPlan(tuple(known), tuple(unknown))
@@ -153,12 +156,9 @@ def show(slug: str, plan: PowerPlan, scale: str, *, unit: str, console: Console)
             table.add_column(name, justify="right", no_wrap=True)
         for power in plan.known:
             table.add_row(*map(Text, _cells(power)))
-        if console.is_terminal:
-            console.print(table)
-        else:
-            Console(file=console.file, width=200).print(table)
+        console.print(table)
     for text in _told(plan, scale):
-        console.print(text, highlight=False, soft_wrap=True)
+        say(console, text)
 
 
 def _cells(power: Power) -> tuple[str, ...]:

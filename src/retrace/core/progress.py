@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from retrace.core.plan import RunSpec
 from retrace.core.store import FINISHED, Store
-from retrace.core.units import duration
+from retrace.core.units import duration, say
 
 POLL_SECONDS = 0.5
 
@@ -91,7 +91,7 @@ class SweepProgress:
         eta = f"sweep ETA {duration(self.seconds_left())}" if self._left else ""
         text = f"{count} {status:<8} {run_id}  {label}  {duration(seconds)}  {eta} {reason}"
         console = self._progress.console if self._live else self._console
-        console.print(text.rstrip(), highlight=False, markup=False, soft_wrap=True)
+        say(console, text.rstrip())
 
     def seconds_left(self) -> float | None:
         """Of the sweep: what each run still needs by its like, over the runs side by side."""

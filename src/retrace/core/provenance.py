@@ -17,16 +17,8 @@ from typing import Any
 from retrace.core.discovery import package_folder, paper_packages
 
 PACKAGES = (
-    "accelerate",
-    "datasets",
-    "lm-eval",
-    "numpy",
-    "retrace",
-    "safetensors",
-    "tokenizers",
-    "torch",
-    "transformers",
-)
+    "accelerate", "datasets", "lm-eval", "numpy", "retrace", "safetensors", "tokenizers", "torch", "transformers",
+)  # fmt: skip
 SNAPSHOT = "snapshot.json"  # at the root of one, see core/snapshot.py
 
 

@@ -25,13 +25,15 @@ from retrace.core import boards
 from retrace.core.compose import compose
 from retrace.core.config import Tracking, validate
 from retrace.core.files import write_atomic
+from retrace.core.lookup import names
 from retrace.core.mirrors import Card, flush_offline, write_offline
 from retrace.core.paper import load_paper
-from retrace.core.record import Record
+from retrace.core.record import Label, Record
 from retrace.core.results import PaperResults, load_results
 from retrace.core.safety import refuse_secrets
 from retrace.core.store import RunDir, Store
 from retrace.core.tracking import read_lines, wandb_mode
+from retrace.core.units import say
 from retrace.core.upload import DIGEST, Server
 
 FORM = 1  # of what is published; another number publishes every run again
@@ -129,13 +131,13 @@ def chosen(targets: Sequence[str], *, scale: str | None, store: Store) -> dict[s
             for record in records
             if target == slug
             or (rest and any(f"{label}/".startswith(f"{rest}/") for label in record.labels))
-            or (target.startswith(f"{slug}-") and record.id.startswith(target))
+            or names(target, record)
         ]
         if not taken:
-            labels = [label.rpartition("/s")[0] for record in records for label in record.labels]
-            names = labels if "/" in rest else [label.partition("/")[0] for label in labels]
+            labels = [Label.parse(label) for record in records for label in record.labels]
+            parts = [label.ablation_arm if "/" in rest else label.ablation for label in labels]
             ids = [record.id for record in records]
-            known = ids if target.startswith(f"{slug}-") else sorted({f"{slug}/{name}" for name in names})
+            known = ids if target.startswith(f"{slug}-") else sorted({f"{slug}/{name}" for name in parts})
             near = difflib.get_close_matches(target, known, n=1, cutoff=0.5)
             raise ValueError(
                 f"{target}: no record{at} of it" + (f"; did you mean '{near[0]}'?" if near else "; see `retrace list`")
@@ -194,7 +196,7 @@ def _tracking(slug: str, *, project: str | None, entity: str | None) -> Tracking
 
 def _runs(results: PaperResults, taken: Sequence[Record], *, store: Store) -> list[Rebuilt]:
     """The chosen records, and what the paper prints of their ablations at their scales."""
-    asked = {(record.scale, label.partition("/")[0]) for record in taken for label in record.labels}
+    asked = {(record.scale, Label.parse(label).ablation) for record in taken for label in record.labels}
     levels = boards.printed_levels(verdict for found in results.judged.values() for verdict in found)
     runs = [rebuild(record, store.run(record.id)) for record in taken]
     runs += [printed(results.paper.slug, level) for level in levels if (level.scale, level.claim.ablation) in asked]
@@ -253,7 +255,7 @@ def _digest_at(folder: Path) -> str | None:
 
 
 def _say(console: Console, told: str) -> None:
-    console.print(f"  {told}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"  {told}")
 
 
 def _say_built(
@@ -265,7 +267,7 @@ def _say_built(
     built += f" ({whole} with every logged line, {len(taken) - whole} with the curves of their records)"
     built += f", {len(runs) - len(taken)} lines of what the paper prints"
     built += f"; a report with the verdicts and {board.num_panels} panels, and a workspace: all valid"
-    console.print(built, highlight=False, markup=False, soft_wrap=True)
+    say(console, built)
 
 
 def _say_offline(asked: Tracking, num_runs: int, store: Store, console: Console) -> None:

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, ValidationError
 
 from retrace.core.config import Frozen
 
-SCHEMA = 1
 PAGE_NAME = r"^[a-z][a-z0-9_]*$"
 PageName = Annotated[str, Field(pattern=PAGE_NAME, max_length=60)]
+
+
+class Label(NamedTuple):
+    """Who asked for a run: an arm of an ablation, with a seed. As text it is "<ablation>/<arm>/s<seed>"."""
+
+    ablation: str
+    arm: str  # that of a command line's overrides may hold slashes
+    seed: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        ablation, _, rest = text.partition("/")
+        arm, _, seed = rest.rpartition("/s")
+        return cls(ablation, arm, seed)
+
+    @property
+    def ablation_arm(self) -> str:
+        """What all seeds share, `<ablation>/<arm>`."""
+        return f"{self.ablation}/{self.arm}"
+
+    def __str__(self) -> str:
+        return f"{self.ablation_arm}/s{self.seed}"
 
 
 class RunCost(Frozen):
@@ -33,7 +53,7 @@ class Record(Frozen):
     paper: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)
     program: str
     recipe: int
-    labels: tuple[str, ...]  # "<ablation>/<arm>/s<seed>"
+    labels: tuple[str, ...]  # see Label
     scale: str
     seed: int
     status: Literal["DONE", "DIVERGED"]
@@ -48,13 +68,9 @@ class Record(Frozen):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a record; raises ValueError, naming the file, for another schema or a broken file."""
-        text = path.read_bytes()
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            found = _schema_of(text)
-            if found not in (None, SCHEMA):
-                raise ValueError(f"{path}: schema {found}, this version reads schema {SCHEMA}; rerun the run") from None
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ValueError(f"{path}: not a record: {where}: {first['msg']}; delete it and rerun") from None
@@ -64,11 +80,3 @@ class Record(Frozen):
 
     def relabelled(self, labels: tuple[str, ...]) -> Self:
         return self.model_copy(update={"labels": labels})
-
-
-def _schema_of(text: bytes) -> Any:
-    try:
-        tree = json.loads(text)
-    except ValueError:
-        return None
-    return tree.get("schema") if isinstance(tree, Mapping) else None

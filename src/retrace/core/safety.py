@@ -17,9 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
 
-_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+_WORDS = "TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?"
+_NAME = re.compile(rf"({_WORDS})$", re.IGNORECASE)
 _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
-_ASSIGNED = re.compile(r"(\w*(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?))=['\"]?[^\s'\"$`]", re.IGNORECASE)
+_ASSIGNED = re.compile(rf"(\w*(?:{_WORDS}))=['\"]?[^\s'\"$`]", re.IGNORECASE)
 SHORTEST = 8  # characters; what is shorter would be found in innocent words
 
 

@@ -18,17 +18,9 @@ from retrace.core.store import RunDir
 
 JOB_NAME = "retrace"
 _ENDED = (
-    "COMPLETED",
-    "CANCELLED",
-    "FAILED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "PREEMPTED",
-    "BOOT_FAIL",
-    "DEADLINE",
-    "OUT_OF_MEMORY",
+    "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
     "REVOKED",
-)
+)  # fmt: skip
 _COLUMNS = {"JobArrayID": 40, "State": 20, "RestartCnt": 8, "NodeList": 60, "Reason": 60}
 
 

@@ -103,7 +103,7 @@ def detectable_effect(*, sd: float, n: int) -> float | None:
     return float(nctdtrinc(n - 1, 1 - POWER, t_quantile(n - 1))) * sd / math.sqrt(n)
 
 
-def seeds_needed(*, mean: float, sd: float, low: float, high: float, least: int = 3) -> int | None:
+def seeds_needed(*, mean: float, sd: float, low: float, high: float) -> int | None:
     """Fewest pairs whose 95 % t interval lies wholly between `low` and `high` with probability `POWER` or more.
 
     `mean`, `sd`: the true difference and its standard deviation over seeds; `low` or `high` may be infinite. None where
@@ -117,7 +117,7 @@ def seeds_needed(*, mean: float, sd: float, low: float, high: float, least: int 
         distances = ((mean - low) * math.sqrt(n) / sd, (high - mean) * math.sqrt(n) / sd)
         return 1 - sum(float(nctdtr(n - 1, d, t_quantile(n - 1))) for d in distances if math.isfinite(d))
 
-    few, many = least - 1, least
+    few, many = 2, 3  # fewer pairs call nothing
     while chance(many) < POWER:
         few, many = many, 2 * many
         if many > 1_000_000:

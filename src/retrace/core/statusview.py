@@ -14,10 +14,11 @@ from rich.text import Text
 from retrace.core import squeue
 from retrace.core.cost import makespan
 from retrace.core.discovery import papers
+from retrace.core.lookup import known_runs, names
 from retrace.core.plan import RunSpec, plan
 from retrace.core.planview import expected_seconds, shown
 from retrace.core.store import Store
-from retrace.core.units import duration
+from retrace.core.units import duration, say
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def watch(specs: Sequence[RunSpec] | None, *, store: Store, console: Console, ev
             else:
                 for run_id, line in status.lines.items():
                     if printed.get(run_id) != line:
-                        console.print(line, highlight=False, markup=False, soft_wrap=True)
+                        say(console, line)
                 printed = status.lines
             time.sleep(every)
     _print(status, console)
@@ -61,8 +62,10 @@ def watch(specs: Sequence[RunSpec] | None, *, store: Store, console: Console, ev
 
 def look(specs: Sequence[RunSpec] | None, *, store: Store) -> Status:
     """Everything that disk and queue say at this moment."""
-    asked = store.labels() if specs is None else {spec.id: spec.labels for spec in specs}
-    labels = {run_id: next(iter(labels), "") for run_id, labels in asked.items()}
+    if specs is None:
+        labels = {run.id: run.label for run in known_runs(store)}
+    else:
+        labels = {spec.id: spec.labels[0] for spec in specs}
     jobs = squeue.queue()
     counts: dict[str, int] = {}
     lines: dict[str, str] = {}
@@ -110,27 +113,23 @@ def named_runs(words: Sequence[str], *, store: Store) -> dict[str, str]:
     Raises ValueError for a word that names nothing, and for overrides without a target that they could be of.
     """
     overrides = [word for word in words if "=" in word]
-    names = [word for word in words if word not in overrides]
-    if not names:
+    asked = [word for word in words if word not in overrides]
+    if not asked:
         raise ValueError("no run named: give ids of runs, labels as `retrace status` shows them, or targets")
-    targets = [word for word in names if word.split("/")[0] in papers()]
+    targets = [word for word in asked if word.split("/")[0] in papers()]
     if overrides and not targets:
         raise ValueError(
-            f"{' '.join(overrides)}: chooses among the runs of a target, and {names[0]} is none: leave it out"
+            f"{' '.join(overrides)}: chooses among the runs of a target, and {asked[0]} is none: leave it out"
         )
-    known = store.labels()
+    known = known_runs(store)
     found: dict[str, str] = {}
-    for word in names:
-        named = {
-            run_id: next(iter(labels), "")
-            for run_id, labels in known.items()  # an id's start has a dash: "m" alone would be every run of a paper
-            if word not in targets and (("-" in word and run_id.startswith(word)) or word in labels)
-        }
+    for word in asked:
+        named = {run.id: run.label for run in known if word not in targets and names(word, run)}
         found |= named or {spec.id: spec.labels[0] for spec in plan([word], overrides)}
     return found
 
 
 def _print(status: Status, console: Console) -> None:
     if status.lines:
-        console.print("\n".join(status.lines.values()), highlight=False, markup=False, soft_wrap=True)
-    console.print(status.total, highlight=False, soft_wrap=True)
+        say(console, "\n".join(status.lines.values()))
+    say(console, status.total)

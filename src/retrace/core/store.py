@@ -16,17 +16,17 @@ Every file is written whole or not at all, so a run killed at any instant leaves
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from retrace.core.config import HOME, Hardware, Tracking, validate
-from retrace.core.files import MANIFEST, damage, read_json, seal, sync_folder, try_json, write_atomic, write_json
+from retrace.core.files import MANIFEST, damage, read_json, try_json, whole_folder, write_atomic, write_json
 from retrace.core.identity import run_id, science
 from retrace.core.lease import Leased
 from retrace.core.paper import load_paper
@@ -138,21 +138,9 @@ class RunDir(Leased):
         if status in FINISHED:
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
-    @contextlib.contextmanager
-    def folder(self, name: str) -> Iterator[Path]:
+    def folder(self, name: str) -> AbstractContextManager[Path]:
         """A folder of the run that appears under its name only when the block has filled it."""
-        temporary, final = self.path / f".{name}.tmp", self.path / name
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            seal(temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-        except BaseException:  # on a full disk it would be in the way of the reason, and of all other runs
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        sync_folder(self.path)
+        return whole_folder(self.path / name, temporary=self.path / f".{name}.tmp")
 
     def check_folders(self) -> None:
         """Raises ValueError where a folder that the run left is not what it wrote; without a seal nothing is known."""
@@ -175,11 +163,6 @@ class Store:
 
     def run(self, run_id: str) -> RunDir:
         return RunDir(self.runs / run_id)
-
-    def labels(self) -> dict[str, tuple[str, ...]]:
-        """Every run on disk, by id, with the labels that asked for it; none for a config that can't be read."""
-        paths = sorted(self.runs.glob("*/config.json"))
-        return {path.parent.name: tuple((try_json(path) or {}).get("labels", ())) for path in paths}
 
     def record_path(self, paper: str, run_id: str) -> Path:
         return self.results / paper / "records" / f"{run_id}.json"

@@ -11,7 +11,7 @@ from retrace.core.launch import Local
 from retrace.core.plan import RunSpec
 from retrace.core.progress import SweepProgress
 from retrace.core.store import Store
-from retrace.core.units import duration
+from retrace.core.units import duration, say
 
 
 def submit(specs: Sequence[RunSpec], *, command: str, allow_dirty: bool, console: Console) -> int:
@@ -26,9 +26,9 @@ def submit(specs: Sequence[RunSpec], *, command: str, allow_dirty: bool, console
         f" as {len(jobs)} jobs, {jobs[0]} to {jobs[-1]}" if len(jobs) > 1 else f" as job {jobs[0]}" if jobs else ""
     )
     counts += f", {len(summary.skipped)} not tried because they build on diverged ones" if summary.skipped else ""
-    console.print(counts, highlight=False, soft_wrap=True)
+    say(console, counts)
     for run_id, reason in summary.failed.items():
-        console.print(f"  {run_id}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"  {run_id}: {reason}")
     if jobs:
         console.print("follow them with `retrace status --watch`, stop them with `retrace cancel`", highlight=False)
     return 1 if summary.skipped or summary.failed else 0
@@ -50,7 +50,7 @@ def sweep(specs: Sequence[RunSpec], *, command: str, console: Console) -> int:
     counts += f", {len(summary.stopped)} stopped (the same command goes on)" if summary.stopped else ""
     counts += f", {len(summary.failed)} failed" if summary.failed else ""
     counts += f", {len(summary.skipped)} not tried because they build on those" if summary.skipped else ""
-    console.print(f"{counts}; {duration(progress.seconds)} here", highlight=False, soft_wrap=True)
+    say(console, f"{counts}; {duration(progress.seconds)} here")
     for run_id, reason in summary.failed.items():
-        console.print(f"  {run_id}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"  {run_id}: {reason}")
     return 1 if summary.failed or summary.stopped else 0

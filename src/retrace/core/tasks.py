@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import threading
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from retrace.core.config import read_yaml
+from retrace.core.files import json_lines
 
 Rows = Sequence[Mapping[str, Any]]
 HUB_SECONDS = 5.0  # how long a hub may take to answer before it counts as unreachable
@@ -190,15 +190,12 @@ def read_rows(task: TaskFile, *, data_dir: Path | None, generated: Mapping[str, 
     if task.is_generated:
         return {task.settings["test_split"]: generated[task.name]}
     assert data_dir is not None
-    return {split: _read_jsonl(data_dir / file) for split, file in task.local.items()}
+    return {split: _local_rows(data_dir / file) for split, file in task.local.items()}
 
 
-def _read_jsonl(path: Path) -> Rows:
+def _local_rows(path: Path) -> Rows:
     with path.open(encoding="utf-8") as lines:
-        try:
-            rows = [json.loads(line) for line in lines if line.strip()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON lines: {error}") from None
+        rows = list(json_lines(lines, path=path))
     if not rows:
         raise ValueError(f"{path}: no rows in it")
     return rows

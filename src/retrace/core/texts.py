@@ -7,9 +7,7 @@ apart.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import itertools
-import json
 import random
 import string
 from collections.abc import Iterable, Iterator
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from retrace.core.config import Frozen, data_root
+from retrace.core.files import fingerprint, json_lines
 from retrace.core.tasks import open_stream, require_hub
 
 if TYPE_CHECKING:
@@ -136,8 +135,7 @@ def fingerprints(sources: Iterable[LocalText | HubText]) -> dict[str, str]:
 
 @lru_cache(maxsize=256)
 def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:12]
+    return fingerprint(file)[:12]
 
 
 def encoded(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
@@ -172,8 +170,4 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
                 if not blank:
                     yield {"text": "".join(block)}
             return
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}: line {number} is not JSON: {error}") from None
+        yield from json_lines(lines, path=file)

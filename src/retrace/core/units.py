@@ -1,6 +1,13 @@
-"""Numbers for people: time and SI prefixes."""
+"""Words for people: time, SI prefixes, and lines on a console."""
 
 from __future__ import annotations
+
+from rich.console import Console
+
+
+def say(console: Console, text: str) -> None:
+    """Print a text as it is: brackets are no markup, numbers have no colours, and a terminal wraps it itself."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float | None) -> str:

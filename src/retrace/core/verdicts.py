@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from retrace.core.claims import Claim
 from retrace.core.record import Record
@@ -32,14 +32,7 @@ VALUE_SCALES = ("paper",)  # smaller scales can show a direction; a printed numb
 Outcome = Literal[
     "reproduced", "direction only", "contradicted", "inconclusive", "not tested at this scale", "no records"
 ]
-OUTCOMES: tuple[Outcome, ...] = (
-    "reproduced",
-    "direction only",
-    "contradicted",
-    "inconclusive",
-    "not tested at this scale",
-    "no records",
-)
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 JUDGED: tuple[Outcome, ...] = OUTCOMES[:4]  # those that say something of the claim
 
 

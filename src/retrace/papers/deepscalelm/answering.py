@@ -5,7 +5,6 @@ B questions, C choices, T tokens, D hidden_size.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from retrace.core.config import data_root
 from retrace.core.data import generator, shuffled
+from retrace.core.files import json_lines
 from retrace.core.store import RunDir
 from retrace.core.train import Batch
 from retrace.papers.deepscalelm.config import BOS, COMMONSENSE_QA, EOS, FinetuneConfig, ProceduralText
@@ -109,7 +109,8 @@ def load_questions(config: FinetuneConfig, parents: Mapping[str, RunDir]) -> tup
 def _commonsense_rows() -> list[dict[str, Any]]:
     root = data_root()
     assert root is not None
-    return [json.loads(line) for line in (root / COMMONSENSE_QA).read_text().splitlines() if line.strip()]
+    with open(root / COMMONSENSE_QA, encoding="utf-8") as lines:
+        return list(json_lines(lines, path=root / COMMONSENSE_QA))
 
 
 def padded(ids: list[list[list[int]]], answers: list[int]) -> QuestionSet:

@@ -111,6 +111,7 @@ class Sizes(Frozen):
     """What the arms of the ablations are at a scale; configs refer to it by interpolation."""
 
     resolution: Resolutions
+    low_patch_size: int  # of encoders at the low resolution, whose grid must have a patch for each image token
     tokens: Counts
     seq_len: Counts
     larger: int  # width of the larger encoder, and of its MLP

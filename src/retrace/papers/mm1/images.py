@@ -19,6 +19,7 @@ Array = npt.NDArray[np.float32]
 
 NATIVE = 96
 FONT_PIXEL = 4  # native pixels a side of one of the 3 x 5 that make a digit
+LEFT, TOP, APART = 3, 4, 64  # of the first digit; patches of grids of 3, 6, 9 and 12 cut all four alike
 RADIUS, JITTER = 26.0, 5.0  # of the shape; jitter of its center in native pixels
 NOISE = 0.25  # half the width of the brightness noise of a native pixel
 DRAWN_AT_ONCE = 32  # so that the planes stay in the processor's cache
@@ -95,10 +96,9 @@ def _put_shapes(planes_MNN: Array, shapes: Sequence[str], random_MK: Array) -> N
 
 
 def _put_digits(plane_NN: Array, digits: Sequence[str], random_K: Array) -> None:
-    """Set the pixels of four digits to 1, each some pixels off its corner."""
+    """Set the pixels of four digits to 1, each up to three pixels off its place."""
     height, width = DIGIT_PIXELS[0].shape
     for corner, digit in enumerate(digits):
-        right, down = 3 + int(4 * random_K[2 * corner]), 3 + int(4 * random_K[2 * corner + 1])
-        x = NATIVE - right - width if corner % 2 else right
-        y = NATIVE - down - height if corner >= 2 else down
+        x = LEFT + int(4 * random_K[2 * corner]) + APART * (corner % 2)
+        y = TOP + int(4 * random_K[2 * corner + 1]) + APART * (corner // 2)
         plane_NN[y : y + height, x : x + width] = DIGIT_PIXELS[int(digit)]

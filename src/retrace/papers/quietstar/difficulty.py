@@ -14,10 +14,9 @@ from torch import Tensor
 
 from retrace.core.context import Context, Stopped
 from retrace.core.files import write_atomic
-from retrace.core.scoring import row_seed
 from retrace.papers.quietstar.config import EvaluateConfig
 from retrace.papers.quietstar.model import ThoughtModel
-from retrace.papers.quietstar.scorer import thought_noise
+from retrace.papers.quietstar.scorer import row_seed, thought_noise
 
 DECILES = 10
 TOKENS = "tokens.safetensors"  # in the run's folder

@@ -14,8 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from retrace.core.data import draw
-from retrace.papers.quietstar.losses import Generators, uniform
+from retrace.papers.quietstar.losses import Generators, draw, uniform
 from retrace.papers.quietstar.model import ThoughtModel
 from retrace.papers.quietstar.passes import Passes
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from retrace.core.data import draw
 from retrace.papers.quietstar.head import OutputHead
 
 CHUNK_LOGITS = {"cpu": 2**21}  # logits alive at a time, 8 MiB in fp32: large enough for a full matrix product
 CHUNK_LOGITS_ELSEWHERE = 2**27
+GROUP = 64  # tokens that are summed first when one is drawn
 
 Generators = torch.Generator | Sequence[torch.Generator]  # one for all rows, or one for each sequence
 
@@ -137,6 +137,31 @@ def sample_tokens(
         else:
             tokens.append(draw(scores, noise_BNP.reshape(-1, draws)[rows]))
     return torch.cat(tokens).view(batch, num_positions, num_thoughts)
+
+
+def draw(scores_RV: Tensor, noise_RD: Tensor) -> Tensor:
+    """Tokens (R, D) from scores (logits or log-probabilities) and uniform noise, by inversion of the distribution.
+
+    First the group of W tokens is found, then the token in it: one pass over the probabilities and no sum of thousands.
+    """
+    width = min(GROUP, scores_RV.shape[1] & -scores_RV.shape[1])  # a power of two that divides the vocabulary
+    probs_RGW = scores_RV.float().softmax(-1).view(len(scores_RV), -1, width)
+    group_RD, rest_RD = _invert(probs_RGW.sum(-1), noise_RD)
+    own_RDW = probs_RGW.gather(1, group_RD[..., None].expand(-1, -1, width))
+    within, _ = _invert(own_RDW.flatten(0, 1), rest_RD.reshape(-1, 1))
+    return group_RD * width + within.view_as(group_RD)
+
+
+def _invert(weights_RV: Tensor, noise_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """Where uniform noise falls among weights, and where in its interval: (R, D) indices and noise anew on [0, 1)."""
+    cumulative_RV = weights_RV.cumsum(-1)
+    total_R1 = cumulative_RV[:, -1:]
+    # rounding must not reach the total itself: the first index above it may have weight 0
+    below_R1 = torch.nextafter(total_R1, torch.zeros_like(total_R1))
+    threshold_RD = torch.minimum(noise_RD * total_R1, below_R1)
+    index_RD = torch.searchsorted(cumulative_RV, threshold_RD, right=True)
+    weight_RD = weights_RV.gather(1, index_RD)
+    return index_RD, (1 - (cumulative_RV.gather(1, index_RD) - threshold_RD) / weight_RD).clamp(0, 1)
 
 
 def uniform(shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:

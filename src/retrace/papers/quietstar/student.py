@@ -10,10 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from retrace.core.data import draw
 from retrace.core.train import Batch
 from retrace.papers.quietstar.config import DistillConfig
-from retrace.papers.quietstar.losses import uniform
+from retrace.papers.quietstar.losses import draw, uniform
 from retrace.papers.quietstar.model import ThoughtModel
 
 

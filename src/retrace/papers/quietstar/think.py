@@ -122,8 +122,8 @@ def locate(word: str, *, store: Store) -> tuple[Path, dict[str, str]]:
         return (inner if (inner / "config.json").is_file() else path), {"model": word}
     found = find_run(word, paper=SLUG, program="train", store=store)
     if found is not None:
-        named = {"run": found.run.id, "scale": found.scale, "seed": str(found.seed)}
-        return found.run.path / "model", {"model": word if word in found.labels else found.labels[0], **named}
+        named = {"run": found.id, "scale": found.scale, "seed": str(found.seed)}
+        return store.run(found.id).path / "model", {"model": word if word in found.labels else found.label, **named}
     from retrace.papers.quietstar.pretrained import find_folder
 
     nothing = f"{word}: no finished train run in {store.runs} (see `retrace status`), no folder"
