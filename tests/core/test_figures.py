@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrace.core.figures import joint_figure
+from retrace.core.figures import MANY_SEEDS, curve_figure, joint_figure
 from retrace.core.profiles import ArmProfile, agreement_figure, arm_profiles, profile_figures
 from retrace.core.samplefigure import ArmValues, sample_figure
 from retrace.core.svg import polyline
@@ -89,6 +89,26 @@ def test_notes_of_records_become_profiles_an_arm_each_with_a_curve_for_every_see
     logarithmic, (deep,) = found["variance"]
     assert logarithmic
     assert (deep.arm, len(deep.measured), len(deep.predicted)) == ("deep", 2, 2)
+
+
+def test_curves_of_many_seeds_become_their_median_in_a_band_that_holds_all_of_them() -> None:
+    curves = [((0, 0.0), (10, float(seed)), *(((20, 1.0),) if seed else ())) for seed in range(MANY_SEEDS + 1)]
+    few, many = (curve_figure("c", "loss", {"a": curves[:n]}) for n in (MANY_SEEDS, MANY_SEEDS + 1))
+    assert len(lines(few.standalone(), "curve")) == MANY_SEEDS
+    assert lines(few.standalone(), "band") == []
+    (band,), (median,) = (lines(many.standalone(), kind) for kind in ("band", "curve"))
+    assert len(median) == 3  # also where a run that ended early has no value
+    (_, lowest, _), (_, highest, _) = band[:3], band[:2:-1]
+    assert median[1][1] == pytest.approx((lowest[1] + highest[1]) / 2, abs=0.1)  # upwards is smaller
+    assert lowest[1] > median[1][1] > highest[1]
+    assert "the median of the seeds in a band that holds all of them" in many.alt
+
+
+def test_many_dots_of_an_arm_are_one_mark_with_all_of_them() -> None:
+    arms = [ArmValues(name, {seed: seed / 7 for seed in range(MANY_SEEDS + 1)}) for name in ("a", "b")]
+    drawn = sample_figure("s", "metric", arms, baseline="a").standalone()
+    assert [len(lines(drawn, kind)) for kind in ("dots", "pair")] == [2, 0]
+    assert drawn.count("h0") == 2 * (MANY_SEEDS + 1)
 
 
 @given(st.lists(st.tuples(st.floats(-1e4, 1e4), st.floats(-1e4, 1e4)), min_size=1, max_size=20))

@@ -226,7 +226,7 @@ def test_five_thousand_records_are_reported_in_two_seconds(tmp_path: Path) -> No
     arms: dict[str, tuple[str, ...]] = {f"arm{index}": () for index in range(20)}
     many = [
         template.model_copy(
-            update={"id": f"r{arm}-{seed}", "labels": (f"size/{arm}/s{seed}",), "seed": seed, "series": {}}
+            update={"id": f"r{arm}-{seed}", "labels": (f"size/{arm}/s{seed}",), "seed": seed}
         )
         for arm in arms
         for seed in range(250)
@@ -236,6 +236,10 @@ def test_five_thousand_records_are_reported_in_two_seconds(tmp_path: Path) -> No
     began = time.process_time()
     build_report(results(claims=claims, ablations=[wide], records=many), scale="laptop", now=NOW, out=tmp_path)
     assert time.process_time() - began < 2.0
+    page = (tmp_path / "index.html").read_text()
+    assert len(page) < 3_000_000
+    assert page.count('<a href="#rarm7-77">') == 1  # with the metric that a claim is about
+    assert "these are many seeds, and each has its record" in page  # the others have means alone
 
 
 def test_a_number_leads_to_the_line_of_its_run_and_that_to_its_record_and_to_the_command_that_makes_it_again(

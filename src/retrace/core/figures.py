@@ -9,6 +9,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from retrace.core.svg import NUM_COLOURS, Figure, figure, line, num, number, polyline, shorten, text, tick_places, ticks
 
@@ -18,6 +19,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50.0, 12.0, 44.0, 40.0
 _TITLE = 45  # letters of a line of a title
 _NAME = 24  # letters of a name in a legend
 _MARKS = 5  # powers of ten on a logarithmic axis, at most
+MANY_SEEDS = 24  # more than an eye tells apart: curves become a band, and dots of one arm one mark
 
 
 def axis(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
@@ -107,7 +109,10 @@ def _places(names: Sequence[str]) -> Iterator[tuple[float, int]]:
 
 
 def curve_figure(name: str, title: str, arms: Mapping[str, Sequence[Curve]]) -> Figure:
-    """A line for every seed, coloured and dashed by arm, over optimizer steps. `title`: what is drawn, in words."""
+    """A line for every seed, coloured and dashed by arm, over optimizer steps. `title`: what is drawn, in words.
+
+    Of more than `MANY_SEEDS` seeds, the median at each step, in a band from the lowest to the highest.
+    """
     points = [point for curves in arms.values() for curve in curves for point in curve]
     first, last = min((step for step, _ in points), default=0), max((step for step, _ in points), default=1)
     x = axis(first, max(last, first + 1), LEFT, WIDTH - RIGHT)
@@ -119,13 +124,34 @@ def curve_figure(name: str, title: str, arms: Mapping[str, Sequence[Curve]]) -> 
             yield text(x(mark), HEIGHT - BOTTOM + 14, number(mark, 0), "tick", anchor="middle")
         yield text(WIDTH - RIGHT, HEIGHT - BOTTOM + 27, "training step", "tick", anchor="end")
         for index, curves in enumerate(arms.values()):
-            for curve in curves:
-                yield polyline(((x(step), y(value)) for step, value in curve), f"curve c{index % NUM_COLOURS}")
+            colour, lines = f"c{index % NUM_COLOURS}", curves
+            if len(curves) > MANY_SEEDS:
+                low, middle, high = _band(curves)
+                yield polyline(((x(step), y(value)) for step, value in (*low, *reversed(high))), f"band {colour}")
+                lines = [middle]
+            for curve in lines:
+                yield polyline(((x(step), y(value)) for step, value in curve), f"curve {colour}")
         yield from legend(tuple(arms), HEIGHT + 2)
 
-    alt = f"{title} over {last} training steps for {', '.join(arms)}, a line for every seed."
+    many = any(len(curves) > MANY_SEEDS for curves in arms.values())
+    lines = "the median of the seeds in a band that holds all of them" if many else "a line for every seed"
+    alt = f"{title} over {last} training steps for {', '.join(arms)}, {lines}."
     height = HEIGHT - 4 + legend_height(tuple(arms))
     return figure(name, alt, width=WIDTH, height=height, parts=draw())
+
+
+def _band(curves: Sequence[Curve]) -> tuple[Curve, Curve, Curve]:
+    """(lowest, median, highest) at each step, of the curves that have it."""
+    found: dict[int, list[float]] = {}
+    for curve in curves:
+        for step, value in curve:
+            found.setdefault(step, []).append(value)
+    steps = sorted(found.items())
+    return (
+        [(step, min(values)) for step, values in steps],
+        [(step, median(values)) for step, values in steps],
+        [(step, max(values)) for step, values in steps],
+    )
 
 
 def joint_figure(

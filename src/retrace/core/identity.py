@@ -10,48 +10,60 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from retrace.core.config import Frozen, Placement
 
+_ATOMS = frozenset({bool, int, str, type(None)})  # most values are one of these, and a plan has millions
+
 
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no whitespace; raises TypeError or ValueError for what has no canonical form."""
-    _check(value, "config")
+    _check(value, ("config",))
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def _check(value: Any, where: str) -> None:
-    if value is None or isinstance(value, bool | int | str):
-        return
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{where}={value}: a run's identity needs finite numbers")
-    elif isinstance(value, Mapping):
+def _check(value: Any, where: tuple[object, ...]) -> None:
+    if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise TypeError(f"{where} has the key {key!r}: keys in a config are text")
-            _check(item, f"{where}.{key}")
+                raise TypeError(f"{_told(where)} has the key {key!r}: keys in a config are text")
+            if type(item) not in _ATOMS:
+                _check(item, (*where, key))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            _check(item, f"{where}[{index}]")
-    else:
-        raise TypeError(f"{where} is a {type(value).__name__}, which has no canonical form; use numbers, text, lists")
+            if type(item) not in _ATOMS:
+                _check(item, (*where, index))
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{_told(where)}={value}: a run's identity needs finite numbers")
+    elif value is not None and not isinstance(value, bool | int | str):
+        kind = type(value).__name__
+        raise TypeError(f"{_told(where)} is a {kind}, which has no canonical form; use numbers, text, lists")
+
+
+def _told(where: tuple[object, ...]) -> str:
+    """A place in a config, as config.data.weights[2]."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).removeprefix(".")
 
 
 def science(config: Frozen) -> dict[str, Any]:
     """The config as a plain tree without its `Placement` parts, at any depth."""
-    tree: dict[str, Any] = {}
-    for name in type(config).model_fields:
-        value = getattr(config, name)
-        if not isinstance(value, Placement):
-            tree[name] = _plain(value)
-    return tree
+    values = ((name, getattr(config, name)) for name in _fields(type(config)))
+    return {
+        name: value if type(value) in _ATOMS else _plain(value)
+        for name, value in values
+        if not isinstance(value, Placement)
+    }
+
+
+@cache
+def _fields(kind: type[Frozen]) -> tuple[str, ...]:
+    return tuple(kind.model_fields)
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):  # most are; the other questions take longer
-        return value
     if isinstance(value, Frozen):
         return science(value)
     if isinstance(value, list | tuple):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from retrace.core.claims import Claim
+from retrace.core.figures import MANY_SEEDS
 from retrace.core.plan import Ablation
 from retrace.core.reportfigures import curves_of, joints_of, profiles_of, samples_of
 from retrace.core.reportruns import anchor
@@ -29,7 +30,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm in a table of one metric. `cells`: for every seed a text and, if a run has it, that run's `anchor`."""
+    """One arm in a table of one metric. `cells`: for each seed shown a text and, if a run has it, its `anchor`."""
 
     arm: str
     is_baseline: bool
@@ -42,7 +43,7 @@ class Row:
 class Table:
     metric: str
     title: str  # the metric in words
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # that are shown one by one
     rows: tuple[Row, ...]
 
 
@@ -153,7 +154,10 @@ def view_ablation(
     further = [metric for metric in dict.fromkeys(all_metrics) if metric in present]
     key = key or (further or [metric for metric in present if metric != DIVERGED])[:2]
     ordered = dict.fromkeys((*key, *(metric for metric in words if metric in present), *present))
-    tables = {metric: _table(ablation, arms, samples, metric, words) for metric in ordered}
+    met = {seed for arm in arms for seed in (*chains.get(arm, ()), *samples.trouble(name, arm))}
+    seeds = sorted(met.union(ablation.seeds))
+    shown = {metric: seeds if metric in key or len(seeds) <= MANY_SEEDS else [] for metric in ordered}
+    tables = {metric: _table(ablation, arms, samples, metric, words, shown[metric]) for metric in ordered}
     ranks = {curve: rank for rank, curve in enumerate(words)}
     curves = [curve for curve in samples.series(name) if not curve.startswith(DIAGNOSTICS)]
     joints, elsewhere = joints_of(name, arms, chains, drawn)
@@ -175,10 +179,17 @@ def view_ablation(
     )
 
 
-def _table(ablation: Ablation, arms: Sequence[str], samples: Samples, metric: str, words: Mapping[str, str]) -> Table:
+def _table(
+    ablation: Ablation,
+    arms: Sequence[str],
+    samples: Samples,
+    metric: str,
+    words: Mapping[str, str],
+    seeds: Sequence[int],
+) -> Table:
+    """A row for each arm; `seeds`: those that are shown one by one."""
     found = {arm: samples.values(ablation.name, arm, metric) for arm in arms}
     trouble = {arm: samples.trouble(ablation.name, arm) for arm in arms}
-    seeds = sorted({seed for arm in arms for seed in (*found[arm], *trouble[arm])} | set(ablation.seeds))
     base = {seed: sample.value for seed, sample in found[ablation.baseline].items()}
     rows = []
     for arm in arms:

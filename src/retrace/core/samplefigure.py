@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from retrace.core.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, frame, heading, value_range
+from retrace.core.figures import BOTTOM, HEIGHT, LEFT, MANY_SEEDS, RIGHT, TOP, WIDTH, Scale, frame, heading, value_range
 from retrace.core.stats import estimate
-from retrace.core.svg import Figure, decimals, dot, figure, line, number, polyline, shorten, text
+from retrace.core.svg import Figure, decimals, dot, figure, line, number, points, polyline, shorten, text
 
 LETTER = 6.6  # width of a letter of an arm's name, at most
 SPREAD = 5.0  # between the dots of two seeds
@@ -77,14 +77,13 @@ def _columns(title: str, arms: Sequence[ArmValues], column: float, baseline: str
         base = estimate(arm.values.values())
         if arm.arm == baseline and base is not None:
             yield line(LEFT, y(base.mean), WIDTH - RIGHT, y(base.mean), "base")
-    for seed in shift:
+    for seed in shift if len(shift) <= MANY_SEEDS else ():
         for one, two in pairwise(arm for arm in arms if seed in arm.values):
             yield polyline([(centre[arm.arm] + shift[seed], y(arm.values[seed])) for arm in (one, two)], "pair")
     for arm in arms:
         x = centre[arm.arm]
-        kind = "sample hollow" if arm.arm == baseline else "sample"
-        for seed, value in arm.values.items():
-            yield dot(x + shift[seed], y(value), kind, title=_tip(arm, seed, value))
+        places = {seed: (x + shift[seed], y(value)) for seed, value in arm.values.items()}
+        yield from _dots(arm, places, hollow=arm.arm == baseline)
         found, at = estimate(arm.values.values()), x + column / 5
         if found is not None:
             yield line(at - 6, y(found.mean), at + 6, y(found.mean), "mean")
@@ -118,9 +117,8 @@ def _rows(title: str, arms: Sequence[ArmValues], baseline: str) -> Iterator[str]
             yield text(left - 8, middle + 11, "baseline", "tick", anchor="end")
         name = shorten(arm.arm, int((left - 12) / LETTER))
         yield text(left - 8, middle + (-1 if arm.arm == baseline else 4), name, "strong", anchor="end")
-        kind = "sample hollow" if arm.arm == baseline else "sample"
-        for seed, value in arm.values.items():
-            yield dot(x(value), middle - 4 + shift[seed] / 2, kind, title=_tip(arm, seed, value))
+        places = {seed: (x(value), middle - 4 + shift[seed] / 2) for seed, value in arm.values.items()}
+        yield from _dots(arm, places, hollow=arm.arm == baseline)
         if found is not None:
             yield from _mean_below(found.mean, found.low, found.high, x, middle + 6)
         yield from _crosses((left + 8 + 9 * rank, middle) for rank, _ in enumerate(arm.diverged))
@@ -134,8 +132,14 @@ def _mean_below(mean: float, low: float | None, high: float | None, x: Scale, at
     yield line(x(mean), at - 4, x(mean), at + 4, "mean")
 
 
-def _tip(arm: ArmValues, seed: int, value: float) -> str:
-    return f"{arm.arm}, seed {seed}: {value:.4g}"
+def _dots(arm: ArmValues, places: Mapping[int, tuple[float, float]], *, hollow: bool) -> Iterator[str]:
+    """A dot for every seed; of many, all in one mark, which weighs a tenth."""
+    if len(places) > MANY_SEEDS:
+        yield points(places.values(), "dots c0", title=f"{arm.arm}, {len(places)} seeds")
+        return
+    for seed, (x, y) in places.items():
+        tip = f"{arm.arm}, seed {seed}: {arm.values[seed]:.4g}"
+        yield dot(x, y, "sample hollow" if hollow else "sample", title=tip)
 
 
 def _crosses(places: Iterator[tuple[float, float]]) -> Iterator[str]:
