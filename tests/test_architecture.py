@@ -18,7 +18,7 @@ LAYER_0 = {
     "cli", "core.boards", "core.claims", "core.completion", "core.compose", "core.config", "core.cost",
     "core.dashboard", "core.discovery", "core.doctor", "core.figures", "core.files", "core.identity", "core.launch",
     "core.memo", "core.memory", "core.mirrors", "core.outlook", "core.pages", "core.paper",
-    "core.plan", "core.planview", "core.power", "core.profiles", "core.progress", "core.provenance", "core.publish",
+    "core.plan", "core.planview", "core.power", "core.progress", "core.provenance", "core.publish",
     "core.record", "core.report", "core.reportfigures", "core.reportruns", "core.reportview", "core.results",
     "core.samplefigure", "core.samples", "core.scales", "core.slurm", "core.snapshot", "core.squeue", "core.stats",
     "core.statusview", "core.store", "core.svg", "core.sweep", "core.tasks", "core.texts", "core.tracking",
@@ -43,7 +43,6 @@ PURE = {
     "core.samples",
     "core.stats",
     "core.figures",
-    "core.profiles",
     "core.svg",
 }
 

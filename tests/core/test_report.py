@@ -17,13 +17,14 @@ from rich.console import Console
 
 from retrace.core.claims import Claim
 from retrace.core.config import Experiment
+from retrace.core.figures import curve_figure
 from retrace.core.outlook import Need, Outlook
-from retrace.core.paper import Paper
+from retrace.core.paper import Panel, Paper
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
 from retrace.core.report import build_report, print_verdicts
 from retrace.core.results import PaperResults, judge_paper
-from retrace.core.samples import Planned
+from retrace.core.samples import Planned, Samples
 from retrace.core.svg import number, ticks
 
 NOW = datetime(2026, 11, 23, 22, 0, tzinfo=UTC)
@@ -36,6 +37,7 @@ PAPER = Paper(
     config=Experiment,
     stages=lambda _: pytest.fail("a report plans nothing"),
     programs={},
+    panels="test_report:panels",
 )
 SIZE = Ablation(
     name="size", question="Is bigger better?", locus="Fig. 1", base="demo/main", seeds=(0, 1, 2), baseline="small",
@@ -90,6 +92,17 @@ def build(out: Path, found: list[Record] | None = None, planned: tuple[Planned, 
     found = records() if found is None else found
     build_report(results(planned, records=found), scale="laptop", now=NOW, out=out)
     return {str(path.relative_to(out)): path.read_text() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def panels(arms: dict[str, tuple[str, ...]], samples: Samples) -> dict[str, list[Panel]]:
+    """What only this paper draws: its runs' notes, over the steps at which they were made."""
+    found = {}
+    for ablation, names in arms.items():
+        notes = [(arm, note) for arm in names for note in samples.notes(ablation, arm, "levels")]
+        drawn = tuple(curve_figure(f"{ablation}--own--{arm}", NASTY, {arm: [note]}) for arm, note in notes)
+        if drawn:
+            found[ablation] = [Panel(NASTY, drawn[:1], note=NASTY), Panel(f"folded {NASTY}", drawn[1:], folded=True)]
+    return found
 
 
 class Page(HTMLParser):
@@ -208,26 +221,30 @@ def test_the_terminal_table(tmp_path: Path) -> None:
     assert told in shown
 
 
-def test_an_arm_with_many_overrides_gets_a_figure_whose_name_a_file_system_takes(tmp_path: Path) -> None:
-    joint = {"title": "tokens", "x_label": "gain", "y_label": "loss", "x_edges": [0.0], "y_edges": [1.0],
-             "counts": [[1, 2], [3, 4]], "x_quantiles": {}}  # fmt: skip
-    arms = [f"{'key=value,' * 60}last={last}" for last in range(2)]
+def test_a_paper_adds_figures_of_its_own_open_and_folded_and_their_texts_stay_text(tmp_path: Path) -> None:
+    noted = {"demo-evaluate-small0": 1.0, "demo-evaluate-big0": 3.0}
     found = [
-        record.model_copy(update={"labels": (f"size/{arm}/s0",), "id": f"r{at}", "provenance": {"joint": joint}})
-        for at, (arm, record) in enumerate(zip(arms, records()[:2], strict=True))
+        record.model_copy(update={"provenance": {"levels": ((0, noted[record.id]), (10, 5.0))}})
+        if record.id in noted
+        else record
+        for record in records()
     ]
     built = build(tmp_path, found)
-    assert len([name for name in built if "--joint--key-value" in name]) == 2
-    assert max(len(Path(name).name) for name in built) < 200
+    drawn = [f"figures/size--own--{arm}.svg" for arm in ("big", "small")]
+    assert [name for name in built if "--own--" in name] == drawn
+    page = Page(built["index.html"])
+    assert "script" not in [tag for tag, _ in page.tags]
+    assert page.text.count(f"folded {NASTY}") == 1
+    for name in drawn:
+        assert built["REPORT.md"].count(f"]({name})") == 1
+    assert "<script>" not in built["REPORT.md"]
 
 
 def test_five_thousand_records_are_reported_in_two_seconds(tmp_path: Path) -> None:
     template = records()[0]
     arms: dict[str, tuple[str, ...]] = {f"arm{index}": () for index in range(20)}
     many = [
-        template.model_copy(
-            update={"id": f"r{arm}-{seed}", "labels": (f"size/{arm}/s{seed}",), "seed": seed}
-        )
+        template.model_copy(update={"id": f"r{arm}-{seed}", "labels": (f"size/{arm}/s{seed}",), "seed": seed})
         for arm in arms
         for seed in range(250)
     ]

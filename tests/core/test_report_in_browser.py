@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser, chromium
-from test_report import NOW, records, results
+from test_report import NOW, PAPER, records, results
 from test_scales import verdicts
 
 from retrace.core.outlook import Need, Outlook
+from retrace.core.paper import Panel
 from retrace.core.record import Record
 from retrace.core.report import build_overview, build_report
+from retrace.core.samples import Samples
+from retrace.papers.deepscalelm import profile_figures
+from retrace.papers.quietstar import joint_figures
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 COMMITTED = [page.relative_to(RESULTS).as_posix() for page in sorted(RESULTS.glob("**/index.html"))]
@@ -87,12 +91,18 @@ def rich_records() -> list[Record]:
     return found
 
 
+def panels(arms: dict[str, tuple[str, ...]], samples: Samples) -> dict[str, list[Panel]]:
+    """What any of the papers draws of its own."""
+    both = [drawn(arms, samples) for drawn in (profile_figures.panels, joint_figures.panels)]
+    return {name: [panel for found in both for panel in found.get(name, ())] for name in arms}
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("pages")
     need = Need("size", 3, 2.5e15, None)
     look = Outlook("gpu", ("later",), need, (need,), "GPU-hours", "planned", f"retrace plan {LONG}", "retrace run demo")
-    found = results(records=rich_records())
+    found = replace(results(records=rich_records()), paper=replace(PAPER, panels="test_report_in_browser:panels"))
     both = replace(found, verdicts={**found.verdicts, "gpu": verdicts()["gpu"]})
     build_report(both, scale="laptop", now=NOW, out=home / "demo", outlook=(look,))
     build_overview([found], now=NOW, out=home)

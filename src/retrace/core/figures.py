@@ -1,25 +1,35 @@
-"""Parts that the report's figures share, and two of them: curves over training, and joint distributions.
+"""Parts that the report's figures share, and one of them: curves over training.
 
 Drawn by hand as SVG, so that they follow light and dark, weigh a few kB and never differ from one build to the next.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from retrace.core.svg import NUM_COLOURS, Figure, figure, line, num, number, polyline, shorten, text, tick_places, ticks
+from retrace.core.svg import NUM_COLOURS, Figure, figure, line, number, polyline, shorten, text, tick_places, ticks
 
 Curve = Sequence[tuple[int, float]]
 WIDTH, HEIGHT = 350.0, 246.0
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 12.0, 44.0, 40.0
 _TITLE = 45  # letters of a line of a title
 _NAME = 24  # letters of a name in a legend
+_FILE_NAME = 120  # characters of a file's name: file systems take 255 bytes
 _MARKS = 5  # powers of ten on a logarithmic axis, at most
 MANY_SEEDS = 24  # more than an eye tells apart: curves become a band, and dots of one arm one mark
+
+
+def file_name(*parts: str) -> str:
+    """A name for a figure's file; a long one, as of an arm with many overrides, is cut and told apart by a hash."""
+    name = "--".join("".join(c if c.isalnum() or c in "_." else "-" for c in part) for part in parts)
+    if len(name) <= _FILE_NAME:
+        return name
+    return f"{name[:_FILE_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def axis(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
@@ -152,59 +162,3 @@ def _band(curves: Sequence[Curve]) -> tuple[Curve, Curve, Curve]:
         [(step, median(values)) for step, values in steps],
         [(step, max(values)) for step, values in steps],
     )
-
-
-def joint_figure(
-    name: str,
-    title: str,
-    *,
-    x_edges: Sequence[float],
-    y_edges: Sequence[float],
-    counts: Sequence[Sequence[int]],
-    x_label: str,
-    y_label: str,
-) -> Figure:
-    """A distribution over two values as cells, the darker the more; shades follow the logarithm of the counts.
-
-    `counts[i][j]` lies between the y edges i - 1 and i and the x edges j - 1 and j; the first and last bins are open.
-    Cells are equally large whatever their bins, so that bins may be narrow where much happens.
-    """
-    total, most = sum(map(sum, counts)), max((count for row in counts for count in row), default=0)
-    width = (WIDTH - LEFT - RIGHT) / (len(x_edges) + 1)
-    height = (HEIGHT - TOP - BOTTOM) / (len(y_edges) + 1)
-    floor = HEIGHT - BOTTOM
-
-    def draw() -> Iterator[str]:
-        yield from heading(title)
-        yield '<g class="cell">'
-        for i, row in enumerate(counts):
-            for j, count in enumerate(row):
-                if count:
-                    shade = 0.08 + 0.92 * math.log1p(count) / math.log1p(most)
-                    place = f"M{num(LEFT + j * width)} {num(floor - (i + 1) * height)}"
-                    tip = f"{_bin(x_edges, j)}; {_bin(y_edges, i)}: {count / total:.2%}"
-                    box = f'd="{place}h{num(width)}v{num(height)}h-{num(width)}z" fill-opacity="{shade:.2f}"'
-                    yield f"<path {box}><title>{tip}</title></path>"
-        yield "</g>"
-        for j, edge in enumerate(x_edges, start=1):
-            x = LEFT + j * width
-            yield line(x, floor, x, floor + 3, "grid")
-            if j % 2 == 1 or len(x_edges) < 8:  # else they would touch
-                yield text(x, floor + 14, f"{edge:g}".replace("-", "\u2212"), "tick", anchor="middle")
-        for i, edge in enumerate(y_edges, start=1):
-            yield text(LEFT - 7, floor - i * height + 3.8, f"{edge:g}", "tick", anchor="end")
-        if 0 < sum(edge < 0 for edge in x_edges) < len(x_edges):
-            zero = LEFT + width * (sum(edge < 0 for edge in x_edges) + 0.5)
-            yield line(zero, TOP - 4, zero, floor, "base")
-        yield text(WIDTH - RIGHT, HEIGHT - 6, x_label, "tick", anchor="end")
-        yield text(2, TOP - 7, y_label, "tick")
-
-    positive = sum(sum(row[j] for j in range(len(row)) if j > 0 and x_edges[j - 1] >= 0) for row in counts)
-    share = f"{positive / total:.0%} of {total} right of the middle" if total else "none"
-    return figure(name, f"{title}: {y_label} against {x_label}, {share}.", width=WIDTH, height=HEIGHT, parts=draw())
-
-
-def _bin(edges: Sequence[float], index: int) -> str:
-    if index == 0:
-        return f"below {edges[0]:g}"
-    return f"from {edges[-1]:g}" if index == len(edges) else f"{edges[index - 1]:g} to {edges[index]:g}"

@@ -7,7 +7,7 @@ where they run, so that planning a cluster sweep on a login node stays instant.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import EntryPoint
@@ -20,6 +20,8 @@ from retrace.core.discovery import PAPERS, paper_packages, papers
 
 if TYPE_CHECKING:
     from retrace.core.cost import Cost
+    from retrace.core.samples import Samples
+    from retrace.core.svg import Figure
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,19 @@ class Command:
         return _imported(self.entry)
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Figures of one ablation that a paper draws for the report, `says` what they show; `folded` ones open at a click.
+
+    `note`: what else is to be known, such as where figures that are left out stand.
+    """
+
+    says: str
+    figures: tuple[Figure, ...]
+    folded: bool = False
+    note: str = ""
+
+
 def _imported(entry: str) -> Callable[..., Any]:
     module, _, name = entry.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
@@ -79,6 +94,8 @@ class Paper:
 
     `stages` maps a composed config to the last stage of its chain (a pure function). `check`, if given, raises
     ValueError for what a schema can't see, such as a missing dataset folder; it runs before anything is spent.
+    `panels`, if given, is "package.module:function" of the figures that only this paper has, called as
+    (ablation -> its arms, samples) -> ablation -> panels; what it draws from, runs have left in `ctx.notes`.
     """
 
     slug: str
@@ -90,6 +107,12 @@ class Paper:
     programs: Mapping[str, Program]
     check: Callable[[Any], None] | None = None
     commands: tuple[Command, ...] = ()
+    panels: str = ""
+
+    def draw(self, arms: Mapping[str, Sequence[str]], samples: Samples) -> Mapping[str, Sequence[Panel]]:
+        """The panels of each ablation, of those in `arms`."""
+        found: Mapping[str, Sequence[Panel]] = _imported(self.panels)(arms, samples) if self.panels else {}
+        return found
 
 
 def load_paper(slug: str) -> Paper:

@@ -22,7 +22,7 @@ from retrace.core.outlook import Outlook
 from retrace.core.pages import OUTCOME_SYMBOLS, environment
 from retrace.core.plan import Ablation
 from retrace.core.reportruns import costs, gaps, ledger, main_pages, origin, origins
-from retrace.core.reportview import VerdictView, summary, view_ablation, view_verdict
+from retrace.core.reportview import VerdictView, arms_of, summary, view_ablation, view_verdict
 from retrace.core.results import PaperResults
 from retrace.core.scales import compare_scales
 from retrace.core.svg import Figure
@@ -45,8 +45,11 @@ def build_report(
     asked = _ablations(results, scale)
     rank = {name: at for at, name in enumerate(dict.fromkeys(claim.ablation for claim in results.claims))}
     ordered = sorted(asked, key=lambda ablation: rank.get(ablation.name, len(rank)))  # as the paper's claims come
-    drawn: dict[frozenset[str], str] = {}
-    views = [view_ablation(ablation, results, samples, verdicts=shown, drawn=drawn) for ablation in ordered]
+    panels = results.paper.draw({ablation.name: arms_of(ablation, samples) for ablation in ordered}, samples)
+    views = [
+        view_ablation(ablation, results, samples, verdicts=shown, panels=panels.get(ablation.name, ()))
+        for ablation in ordered
+    ]
     overview = forest_figure([verdict for verdict in verdicts if verdict.outcome in JUDGED])
     looked_at, looks = main_pages(ordered, samples, pages)
     page: dict[str, Any] = _counted(shown, scale) | {

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from retrace.core.claims import Claim
 from retrace.core.figures import MANY_SEEDS
+from retrace.core.paper import Panel
 from retrace.core.plan import Ablation
-from retrace.core.reportfigures import curves_of, joints_of, profiles_of, samples_of
+from retrace.core.reportfigures import curves_of, samples_of
 from retrace.core.reportruns import anchor
 from retrace.core.results import PaperResults
 from retrace.core.samples import DIVERGED, Sample, Samples
@@ -72,14 +73,13 @@ class AblationView:
     other: tuple[Table, ...]
     more: tuple[Figure, ...]
     curves: tuple[Figure, ...]  # over training, that which matters most first
-    profiles: tuple[Figure, ...]  # of quantities over the depth of a model, some arms each
-    joints: tuple[Figure, ...]  # how two values of a run's items go together, an arm each, all seeds
-    joints_elsewhere: tuple[str, ...]  # arms whose runs an earlier ablation shares, and draws
+    panels: tuple[Panel, ...]  # what this paper alone draws
 
     @property
     def drawn(self) -> tuple[Figure, ...]:
         """All of its figures."""
-        return (*self.figures, *self.more, *self.curves, *self.profiles, *self.joints)
+        own = (figure for panel in self.panels for figure in panel.figures)
+        return (*self.figures, *self.more, *self.curves, *own)
 
 
 def show(found: Estimate | None, *, places: int | None = None, sign: bool = False) -> Shown:
@@ -131,22 +131,26 @@ def _cell(sample: Sample, places: int) -> tuple[str, str]:
     return number(sample.value, places), anchor(sample.record)
 
 
+def arms_of(ablation: Ablation, samples: Samples) -> tuple[str, ...]:
+    """Its arms in the order of the file, and behind them those that only a command line made."""
+    return (*ablation.arms, *sorted(samples.chains.get(ablation.name, {}).keys() - ablation.arms.keys()))
+
+
 def view_ablation(
     ablation: Ablation,
     results: PaperResults,
     samples: Samples,
     *,
     verdicts: Sequence[VerdictView],
-    drawn: dict[frozenset[str], str],
+    panels: Sequence[Panel],
 ) -> AblationView:
     """Everything that the records say of an ablation, the metrics of its own claims first.
 
-    `verdicts`: of all claims. `drawn` is told which runs' joint distributions this one draws, and says which ones
-    earlier ones did.
+    `verdicts`: of all claims. `panels`: what its paper draws of it.
     """
     name, chains, words = ablation.name, samples.chains.get(ablation.name, {}), results.words
     verdicts = [view for view in verdicts if view.verdict.claim.ablation == name]
-    arms = (*ablation.arms, *sorted(chains.keys() - ablation.arms.keys()))
+    arms = arms_of(ablation, samples)
     present = samples.metrics(name)
     own = [metric for view in verdicts for _, metric in view.verdict.claim.cells]
     key = [metric for metric in dict.fromkeys(own) if metric in present]
@@ -160,7 +164,6 @@ def view_ablation(
     tables = {metric: _table(ablation, arms, samples, metric, words, shown[metric]) for metric in ordered}
     ranks = {curve: rank for rank, curve in enumerate(words)}
     curves = [curve for curve in samples.series(name) if not curve.startswith(DIAGNOSTICS)]
-    joints, elsewhere = joints_of(name, arms, chains, drawn)
     return AblationView(
         ablation=ablation,
         verdicts=tuple(verdicts),
@@ -173,9 +176,7 @@ def view_ablation(
             curves_of(name, arms, samples, curve, words)
             for curve in sorted(curves, key=lambda curve: ranks.get(curve, len(ranks)))
         ),
-        profiles=profiles_of(name, arms, chains),
-        joints=joints,
-        joints_elsewhere=elsewhere,
+        panels=tuple(panels),
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from retrace.core.record import Record
 
@@ -116,6 +117,11 @@ class Samples:
         found = {seed: DIVERGED for seed, chain in chains.items() if chain.diverged}
         failed = (label.rpartition("/s") for label in self._failed)
         return found | {int(seed): "failed" for rest, _, seed in failed if rest == f"{ablation}/{arm}"}
+
+    def notes(self, ablation: str, arm: str, name: str) -> list[Any]:
+        """What the runs of an arm have noted under a name, `ctx.notes`, seed by seed."""
+        chains = self.chains.get(ablation, {}).get(arm, {}).values()
+        return [r.provenance[name] for chain in chains for r in chain.records if name in r.provenance]
 
     def metrics(self, ablation: str) -> list[str]:
         """Names of all metrics of an ablation's runs, in the order of the alphabet."""

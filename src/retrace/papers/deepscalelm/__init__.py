@@ -38,4 +38,5 @@ PAPER = Paper(
             "retrace.papers.deepscalelm.moments_command:moments",
         ),
     ),
+    panels="retrace.papers.deepscalelm.profile_figures:panels",
 )

@@ -34,4 +34,5 @@ PAPER = Paper(
             "retrace.papers.quietstar.think:think",
         ),
     ),
+    panels="retrace.papers.quietstar.joint_figures:panels",
 )

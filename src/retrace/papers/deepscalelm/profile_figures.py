@@ -20,15 +20,34 @@ from retrace.core.figures import (
     WIDTH,
     Scale,
     axis,
+    file_name,
     frame,
     legend,
     legend_height,
     value_range,
 )
+from retrace.core.paper import Panel
+from retrace.core.samples import Samples
 from retrace.core.svg import NUM_COLOURS, Figure, figure, line, number, points, polyline, shorten, text
 
 Points = Sequence[tuple[float, float]]
 EVERY = 3  # places of a profile of which one is a dot in the figure of measured against predicted
+
+
+SAYS = (
+    "Over the depth of the model: lines are measured, a seed each; wide bands are predicted. Dots: every third place "
+    "of every seed, on the dashed line where prediction and measurement agree."
+)
+
+
+def panels(arms: Mapping[str, Sequence[str]], samples: Samples) -> dict[str, list[Panel]]:
+    """What the report shows of each ablation whose runs have noted profiles."""
+    found = {}
+    for ablation, names in arms.items():
+        notes = {arm: samples.notes(ablation, arm, "profiles") for arm in names}
+        if figures := tuple(every_profile(file_name(ablation, "profile"), notes)):
+            found[ablation] = [Panel(SAYS, figures)]
+    return found
 
 
 @dataclass(frozen=True)
