@@ -44,7 +44,7 @@ report: $(READY)  ## the verdicts and the page, from the records there are
 	$(foreach paper,$(PAPERS),$(BIN)/retrace report $(paper) --scale $(SCALE) &&) true
 
 bench: $(READY)  ## benchmarks: ratios against a reference, never a test
-	for name in thought_step generation scoring component_moments deepscale_training mm1_training checkpoints harness; do \
+	for name in thought_step generation scoring component_moments deepscale_training mm1_training mm1_data checkpoints harness; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:  ## forget runs; records and reports stay

@@ -1,10 +1,10 @@
-"""What the harness itself costs: planning, a rerun with nothing to do, warm workers, launching, the store, checkpoints.
+"""What the harness itself costs: planning, a rerun with nothing to do, warm workers, launching, the store.
 
     python benchmarks/harness.py
 
-Every figure is a share of, or stands beside, something measured in the same run: a bare interpreter's start for the
-commands, a cold worker for a warm one, the training time of a laptop run for its checkpoints. What the launcher adds to
-a run is the slope between a short and a long sweep, less the time that the records say their runs took.
+Every figure stands beside something measured in the same run: a bare interpreter's start for the commands, a cold
+worker for a warm one. What the launcher adds to a run is the slope between a short and a long sweep, less the time that
+the records say their runs took.
 
 Commands are timed twice and the second time counts: the first composes the configs and keeps them (core/memo.py).
 """
@@ -87,20 +87,6 @@ def main() -> None:
         found["smoke: every ablation and arm, seed 0"] = retrace("run", "quietstar", *SMOKE, home=home)
         found["the same again, nothing left"] = retrace("run", "quietstar", *SMOKE, home=home)
         found["three runs, cold workers"] = retrace("run", "quietstar/main", *SMOKE, "base.seed=1", home=home)
-    for every, name in ((1e9, "none"), (20, "every 20 s"), (0, "every step")):
-        with tempfile.TemporaryDirectory() as home:
-            long = [
-                "scale=laptop",
-                "tracking.wandb=off",
-                "base.optim.steps=400",
-                f"hardware.checkpoint_seconds={every}",
-            ]
-            long += ["train.optim.steps=1", "eval.tasks=[]", "eval.num_windows=1"]
-            retrace("run", "quietstar/main", *long, home=home)
-            record = next(Path(home).glob("results/*/records/*pretrain*.json"))
-            found[f"400 laptop pre-training steps, checkpoints: {name}"] = json.loads(record.read_text())["cost"][
-                "seconds"
-            ]
     for name, value in found.items():
         print(f"{value:8.2f} s  {name}")
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
@@ -30,6 +32,7 @@ SIZES = {
 FAMILIES = {
     "clip_vision_model": (CLIPVisionModel, CLIPVisionConfig),
     "siglip_vision_model": (SiglipVisionModel, SiglipVisionConfig),
+    "aimv2_vision_model": (Aimv2VisionModel, Aimv2VisionConfig),
 }
 SHAPE = VisionShape(image_size=16, patch_size=4, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32)
 
@@ -48,7 +51,7 @@ def normal(images: torch.Tensor, family: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("side", [12, 8, 16, 28])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["clip_vision_model", "siglip_vision_model"])
 def test_features_at_any_resolution_are_those_of_transformers_interpolation(
     family: str, side: int, tmp_path: Path
 ) -> None:
@@ -75,6 +78,18 @@ def test_features_are_transformers_last_hidden_states_and_what_does_not_reach_th
     assert not [name for name, p in encoder.named_parameters() if p.requires_grad != (p.grad is not None)]
 
 
+@pytest.mark.parametrize("side", [8, 16, 28])
+def test_aimv2_at_another_resolution_has_the_positions_that_siglip_would_have_there(side: int, tmp_path: Path) -> None:
+    saved("aimv2_vision_model", tmp_path)
+    encoder = load_encoder(str(tmp_path), image_size=side)
+    positions = load_encoder(str(tmp_path)).trunk.embeddings.position_embedding
+    siglip = SiglipVisionModel(SiglipVisionConfig(**SIZES, vision_use_head=False)).embeddings
+    siglip.position_embedding = positions
+    expected = siglip.interpolate_pos_encoding(torch.zeros(1, (side // 4) ** 2, 16), side, side)[0]
+    torch.testing.assert_close(encoder.trunk.embeddings.position_embedding.weight, expected, atol=1e-6, rtol=1e-5)
+    assert encoder(torch.rand(2, 3, side, side)).shape == (2, (side // 4) ** 2, 16)
+
+
 def test_a_whole_clip_gives_its_image_tower_and_the_pixels_of_its_processor(tmp_path: Path) -> None:
     torch.manual_seed(0)
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -93,6 +108,12 @@ def test_sizes_and_models_that_cannot_be_are_refused(tmp_path: Path) -> None:
         load_encoder(str(tmp_path), image_size=18)
     with pytest.raises(ValueError, match="images of 12x16 pixels: expected squares, sides a multiple of 4"):
         load_encoder(str(tmp_path))(torch.rand(1, 3, 12, 16))
+    saved("aimv2_vision_model", tmp_path / "aim")
+    with pytest.raises(ValueError, match="images of 16 pixels: AIMv2 takes its own 12: see `resized`"):
+        load_encoder(str(tmp_path / "aim"))(torch.rand(1, 3, 16, 16))
+    Aimv2VisionConfig(**SIZES, is_native=True).save_pretrained(tmp_path / "native")
+    with pytest.raises(ValueError, match="native: it computes its positions from an image's sides: take the AIMv2 of"):
+        load_encoder(str(tmp_path / "native"))
     CLIPConfig().text_config.save_pretrained(tmp_path / "text")
     with pytest.raises(ValueError, match="a model of type clip_text_model: expected one of clip, siglip"):
         load_encoder(str(tmp_path / "text"))

@@ -1,4 +1,4 @@
-"""Vision encoders: transformers' CLIP and SigLIP, pretrained or fresh, at any resolution (Section 2.1, 2.4).
+"""Vision encoders: transformers' CLIP, SigLIP and AIMv2, pretrained or fresh, at any resolution (Section 2.1, 2.4).
 
     encoder = load_encoder("openai/clip-vit-large-patch14-336", image_size=672)    the hub or a folder
     encoder = build_encoder(shape, seed=0)                                         random weights
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
     AutoConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -42,11 +44,14 @@ log = logging.getLogger("retrace")
 CLASSES = {
     "clip_vision_model": (CLIPVisionModel, CLIPVisionConfig),
     "siglip_vision_model": (SiglipVisionModel, SiglipVisionConfig),
+    "aimv2_vision_model": (Aimv2VisionModel, Aimv2VisionConfig),
 }
+HEADLESS = {"siglip_vision_model": {"vision_use_head": False}, "aimv2_vision_model": {"use_head": False}}
 WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # models with a text tower, which is left out
 PIXELS = {  # mean and standard deviation of a channel that each family was trained with
     "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+    "aimv2_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
 }
 
 
@@ -81,7 +86,7 @@ class ConvStem(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Patch features of images: transformers' last hidden states, which SigLIP's towers normalise and CLIP's do not."""
+    """Patch features of images: transformers' last hidden states, which CLIP's towers alone do not normalise."""
 
     def __init__(self, trunk: PreTrainedModel, *, pixels: tuple[Sequence[float], Sequence[float]]) -> None:
         super().__init__()
@@ -119,18 +124,19 @@ class VisionEncoder(nn.Module):
         """Features (M, P, D) of images in 0..1; of another size than its own with interpolated positions.
 
         `mask_PP` says which patches (columns) each patch sees; there it may be (M, 1, P, P) too. Raises ValueError for
-        images that are not square or whose sides are no multiple of the patch size.
+        images that are not square or whose sides are no multiple of the patch size, and of AIMv2 for another size.
         """
         height, width = images_M3RR.shape[-2:]
         if height != width or height % self.patch_size:
             raise ValueError(
                 f"images of {height}x{width} pixels: expected squares, sides a multiple of {self.patch_size}"
             )
-        found = self.trunk(
-            (images_M3RR - self.mean) / self.std,
-            interpolate_pos_encoding=height != self.image_size,
-            **({} if mask_PP is None else {"attention_mask": mask_PP}),
-        )
+        options: dict[str, Any] = {} if mask_PP is None else {"attention_mask": mask_PP}
+        if height != self.image_size:
+            if isinstance(self.trunk, Aimv2VisionModel):
+                raise ValueError(f"images of {height} pixels: AIMv2 takes its own {self.image_size}: see `resized`")
+            options["interpolate_pos_encoding"] = True
+        found = self.trunk((images_M3RR - self.mean) / self.std, **options)
         features: Tensor = found.last_hidden_state
         return features[:, 1:] if self.has_class_token else features
 
@@ -139,7 +145,7 @@ class VisionEncoder(nn.Module):
         return {
             "model_type": self.trunk.config.model_type,
             "config": self.trunk.config.to_dict(),
-            "conv_stem": isinstance(self.trunk.embeddings.patch_embedding, ConvStem),
+            "conv_stem": isinstance(getattr(self.trunk.embeddings, "patch_embedding", None), ConvStem),
             "pixels": [self.mean.flatten().tolist(), self.std.flatten().tolist()],
         }
 
@@ -185,17 +191,21 @@ def load_encoder(
     revision: str = "main",
     dtype: torch.dtype = torch.float32,
 ) -> VisionEncoder:
-    """CLIP's or SigLIP's image tower from the hub or a folder, at `image_size` pixels a side (None: its own).
+    """CLIP's, SigLIP's or AIMv2's image tower from the hub or a folder, at `image_size` pixels a side (None: its own).
 
     Raises ValueError for other models, and for a size that the patches do not divide.
     """
-    found = load_pretrained(AutoConfig, name, revision=revision).model_type
-    kind = WHOLE.get(found, found)
+    config = load_pretrained(AutoConfig, name, revision=revision)
+    kind = WHOLE.get(config.model_type, config.model_type)
     if kind not in CLASSES:
-        raise ValueError(f"{name}: a model of type {found}: expected one of {', '.join([*WHOLE, *CLASSES])}")
+        raise ValueError(
+            f"{name}: a model of type {config.model_type}: expected one of {', '.join([*WHOLE, *CLASSES])}"
+        )
+    if getattr(config, "is_native", False):
+        raise ValueError(f"{name}: it computes its positions from an image's sides: take the AIMv2 of a fixed size")
     model, _ = CLASSES[kind]
-    options = {"vision_use_head": False} if kind == "siglip_vision_model" else {}
-    trunk = load_pretrained(model, name, revision=revision, dtype=dtype, use_safetensors=True, **options)
+    options: dict[str, Any] = {**HEADLESS.get(kind, {}), "dtype": dtype, "use_safetensors": True}
+    trunk = load_pretrained(model, name, revision=revision, **options)
     encoder = VisionEncoder(trunk, pixels=_pixels(name, revision=revision, kind=kind))
     return encoder if image_size is None else resized(encoder, image_size)
 
