@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from retrace.core.optim import Optim
 from retrace.core.plan import plan
 from retrace.core.store import Store
 from retrace.papers.mm1 import programs
@@ -38,8 +39,8 @@ def train(ahead: bool) -> dict[str, list[float]]:
     """Of each training (seconds, seconds waited for batches), in this process."""
     waited = 0.0
 
-    def clocked(rows: Rows, _: Any) -> Rows:
-        made = Ahead(rows) if ahead else rows
+    def clocked(rows: Rows, optim: Optim, _: Any) -> Rows:
+        made = Ahead(rows, end=optim.steps * optim.batch_size) if ahead else rows
 
         def timed(numbers: range) -> Mapping[str, Tensor]:
             nonlocal waited

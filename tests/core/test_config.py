@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from retrace.core import config
 from retrace.core.compose import compose, expand_sweep
-from retrace.core.config import Frozen, validate
+from retrace.core.config import Frozen, Hardware, validate
 from retrace.core.plan import plan
 from retrace.core.store import Store
 
@@ -96,3 +97,21 @@ def test_a_worker_reads_back_exactly_what_was_planned(tmp_path: object) -> None:
     run = Store(Path(str(tmp_path))).run(spec.id)
     run.freeze(spec, command="retrace run x")
     assert run.load() == (spec, "retrace run x")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cores", "spare"),
+    [
+        ([], 2, False),  # a run a core
+        (["hardware.parallel_runs=1"], 2, True),
+        (["hardware.parallel_runs=1", "hardware.threads=2"], 2, False),
+        (["hardware.parallel_runs=1", "hardware.processes=2"], 4, True),
+        (["hardware.threads=2"], 3, True),
+    ],
+)
+def test_a_core_is_spare_where_runs_and_their_threads_leave_one(
+    overrides: list[str], cores: int, spare: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "num_cores", lambda: cores)
+    hardware = validate(Hardware, compose("quietstar", overrides)["hardware"], source="hardware")
+    assert hardware.has_spare_core == spare

@@ -270,14 +270,16 @@ def test_computing_ahead_changes_no_batch() -> None:
         asked.append(chosen)
         return {"x": torch.tensor(list(chosen))}
 
-    ahead = Ahead(rows)
+    ahead = Ahead(rows, end=46)
     for start in (8, 10, 12, 14, 40, 44, 0):
         assert ahead(range(start, start + 2))["x"].tolist() == [start, start + 1]
     assert asked[:4] == [range(8, 10), range(10, 12), range(12, 14), range(14, 16)]
     assert ahead._pool._work_queue.qsize() <= 1
+    ahead._pool.shutdown()
+    assert max(chosen.stop for chosen in asked) == 46  # nothing beyond the end is read, or counted
 
     def broken(chosen: range) -> dict[str, Tensor]:
         raise ValueError(f"no row {chosen.start}")
 
     with pytest.raises(ValueError, match="no row 3"):
-        Ahead(broken)(range(3, 4))
+        Ahead(broken, end=4)(range(3, 4))

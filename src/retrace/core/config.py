@@ -125,6 +125,11 @@ class Hardware(Placement):
             return self.slurm.array_parallelism
         return self.parallel_runs or max(1, num_cores() // (self.threads * self.processes))
 
+    @property
+    def has_spare_core(self) -> bool:
+        """Whether this machine, or a job's share of it, has a core beside those that its runs compute on."""
+        return num_cores() > (1 if self.slurm else self.slots) * self.processes * self.threads
+
 
 def num_cores() -> int:
     """The CPU cores that this process may use."""

@@ -92,7 +92,7 @@ def pretrain_encoder(config: EncoderConfig, ctx: Context) -> dict[str, float]:
         ctx=ctx,
         optim=optim,
         groups=[_group("all", model, optim)],
-        rows=ahead(pairs, ctx),
+        rows=ahead(pairs, optim, ctx),
         loss=_encoder_loss(settings.objective, num_patches=encoder.grid**2),
         cost=cost.pretrain_encoder(config),
     )
@@ -136,7 +136,7 @@ def pretrain_decoder(config: DecoderConfig, ctx: Context) -> dict[str, float]:
         ctx=ctx,
         optim=settings.optim,
         groups=[_group("decoder", decoder, settings.optim)],
-        rows=ahead(text, ctx),
+        rows=ahead(text, settings.optim, ctx),
         loss=_loss,
         cost=cost.pretrain_decoder(config),
     )
@@ -208,7 +208,7 @@ def _fit_whole(
 ) -> dict[str, float]:
     rates = {part: optim.learning_rate * (encoder_rate if part == "encoder" else 1.0) for part in PARTS}
     groups = [Group(n, p, rates[n], optim.weight_decay) for n, p in model.parameter_groups().items()]
-    metrics = fit(model, ctx=ctx, optim=optim, groups=groups, rows=ahead(rows, ctx), loss=_loss, cost=used)
+    metrics = fit(model, ctx=ctx, optim=optim, groups=groups, rows=ahead(rows, optim, ctx), loss=_loss, cost=used)
     _save(model, ctx)
     return metrics
 

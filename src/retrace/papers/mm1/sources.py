@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from retrace.core.bpe import train_bpe
 from retrace.core.context import Context
 from retrace.core.data import derive_seed
+from retrace.core.optim import Optim
 from retrace.core.weights import load_pretrained
 from retrace.papers.mm1.choices import Corpora, PretrainedDecoder, ScratchDecoder, SourceName
 from retrace.papers.mm1.config import SUB_IMAGES, Rows
@@ -136,6 +137,7 @@ def stream(
     return Stream(mixture, own, window=window, image_size=image_size, seed=seed, split=split, **marks)
 
 
-def ahead(rows: BatchOf, ctx: Context) -> BatchOf:
-    """On a GPU, batches are made while it works; on a CPU they would take the same core."""
-    return Ahead(rows) if ctx.hardware.device == "cuda" else rows
+def ahead(rows: BatchOf, optim: Optim, ctx: Context) -> BatchOf:
+    """The rows of a training; made while the model works, where a core is free for that."""
+    free = ctx.hardware.device == "cuda" or ctx.hardware.has_spare_core
+    return Ahead(rows, end=optim.steps * optim.batch_size) if free else rows

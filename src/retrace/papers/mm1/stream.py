@@ -245,8 +245,9 @@ def together(notes: Sequence[Mapping[str, int]]) -> dict[str, int]:
 class Ahead:
     """Computes the next batch in a thread while the model works on this one: rows are pure, so guessing is harmless."""
 
-    def __init__(self, rows: Callable[[range], Mapping[str, Tensor]]) -> None:
-        self.rows = rows
+    def __init__(self, rows: Callable[[range], Mapping[str, Tensor]], *, end: int) -> None:
+        """`end`: behind the last row that will be asked for, so that none is read and counted beyond it."""
+        self.rows, self.end = rows, end
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._last: range | None = None
         self._guess: tuple[range, Future[Mapping[str, Tensor]]] | None = None
@@ -261,5 +262,6 @@ class Ahead:
         self._last = rows
         batch = pending.result()
         following = range(rows.start + step, rows.stop + step)
-        self._guess = (following, self._pool.submit(self.rows, following)) if following.start >= 0 else None
+        wanted = following.start >= 0 and following.stop <= self.end
+        self._guess = (following, self._pool.submit(self.rows, following)) if wanted else None
         return batch
