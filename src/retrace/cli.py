@@ -203,7 +203,8 @@ def report(
         load_paper(slug)
     store, now = Store(), datetime.now(UTC)
     asked = slugs or [slug for slug in papers() if store.has_records(slug)]
-    known = {slug: load_results(slug, store=store, scale=scale if slug in asked else None) for slug in papers()}
+    shown = [slug for slug in papers() if slug in asked or (store.results / slug).is_dir()]
+    known = {slug: load_results(slug, store=store, scale=scale if slug in asked else None) for slug in shown}
     for slug in asked:
         results, out = known[slug], store.results / slug
         store.remove_orphaned_pages(slug)
@@ -211,8 +212,7 @@ def report(
         build_report(results, scale=scale, now=now, out=out, outlook=outlook)
         print_verdicts(results.verdicts[scale], console=console)
         say(console, f"\nreport: {out / 'index.html'} and REPORT.md beside it")
-    here = [results for slug, results in known.items() if (store.results / slug).is_dir()]
-    build_overview(here, now=now, out=store.results)
+    build_overview(list(known.values()), now=now, out=store.results)
     say(console, f"all papers: {store.results / 'index.html'} and README.md beside it")
 
 
