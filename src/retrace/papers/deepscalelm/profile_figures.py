@@ -32,8 +32,6 @@ from retrace.core.svg import NUM_COLOURS, Figure, figure, line, number, points, 
 
 Points = Sequence[tuple[float, float]]
 EVERY = 3  # places of a profile of which one is a dot in the figure of measured against predicted
-
-
 SAYS = (
     "Over the depth of the model: lines are measured, a seed each; wide bands are predicted. Dots: every third place "
     "of every seed, on the dashed line where prediction and measurement agree."
@@ -45,7 +43,7 @@ def panels(arms: Mapping[str, Sequence[str]], samples: Samples) -> dict[str, lis
     found = {}
     for ablation, names in arms.items():
         notes = {arm: samples.notes(ablation, arm, "profiles") for arm in names}
-        if figures := tuple(every_profile(file_name(ablation, "profile"), notes)):
+        if figures := tuple(every_profile(ablation, notes)):
             found[ablation] = [Panel(SAYS, figures)]
     return found
 
@@ -71,14 +69,14 @@ def arm_profiles(notes: Mapping[str, Sequence[Mapping[str, object]]]) -> dict[st
     return found
 
 
-def every_profile(name: str, notes: Mapping[str, Sequence[Mapping[str, object]]]) -> Iterator[Figure]:
-    """All figures of an ablation; their names begin with `name`. After the profiles, measured against predicted."""
+def every_profile(ablation: str, notes: Mapping[str, Sequence[Mapping[str, object]]]) -> Iterator[Figure]:
+    """All figures of an ablation: the profiles, and behind them measured against predicted."""
     found = arm_profiles(notes)
-    words = {title: "".join(c if c.isalnum() else "-" for c in title) for title in found}
+    names = {title: file_name(ablation, "profile", title) for title in found}
     for title, (logarithmic, arms) in found.items():
-        yield from profile_figures(f"{name}--{words[title]}", title, arms, logarithmic=logarithmic)
+        yield from profile_figures(names[title], title, arms, logarithmic=logarithmic)
     for title, (logarithmic, arms) in found.items():
-        drawn = agreement_figure(f"{name}--{words[title]}", title, arms, logarithmic=logarithmic)
+        drawn = agreement_figure(names[title], title, arms, logarithmic=logarithmic)
         if drawn is not None:
             yield drawn
 
