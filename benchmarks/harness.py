@@ -64,7 +64,9 @@ def fill(home: str, num_seeds: int, *, earlier: bool) -> None:
         if earlier and spec.seed > 2:
             labels = tuple(f"{label.rpartition('/s')[0]}/s{spec.seed % 3}" for label in labels)
         like = records[spec.labels[0].rpartition("/s")[0], spec.program]
+        metrics = {name: value * (1 + spec.seed / 1000) for name, value in like.metrics.items()}  # seeds differ
         changes = {"id": spec.id, "labels": labels, "seed": spec.seed, "config": science(spec.config), "pages": ()}
+        changes["metrics"] = metrics
         run.freeze(spec, command="retrace run quietstar")
         store.write_record(like.model_copy(update={**changes, "parents": dict(spec.parents)}))
         run.finish("DONE")

@@ -192,6 +192,7 @@ def report(
     """
     from datetime import UTC, datetime
 
+    gc.disable()  # of what thousands of records become nothing is garbage, and looking takes a tenth of the time
     from retrace.core.outlook import outlooks
     from retrace.core.report import build_overview, build_report, print_verdicts
     from retrace.core.results import load_results, scales_of

@@ -12,6 +12,7 @@ from retrace.core import compose as composing
 from retrace.core import config
 from retrace.core.compose import compose
 from retrace.core.config import CONFIGS
+from retrace.core.memo import MOST
 from retrace.core.plan import load_ablations
 
 CACHES = (composing._sources, composing._composed, composing._compose_groups)
@@ -97,8 +98,8 @@ def test_a_secret_in_an_override_is_refused_and_not_kept(
 
 
 def test_of_many_generations_of_configs_the_last_are_kept(configs: Path, cache: Path) -> None:
-    for size in range(20):
+    for size in range(2 * MOST):
         (configs / "main.yaml").write_text(f"seed: 0\nsize: {size}\n")
         another_process()
         compose("demo", ["seed=1"])
-    assert 5 <= len(list(cache.iterdir())) <= 10
+    assert MOST <= len(list(cache.iterdir())) <= MOST + 1

@@ -156,9 +156,9 @@ def _band(curves: Sequence[Curve]) -> tuple[Curve, Curve, Curve]:
     for curve in curves:
         for step, value in curve:
             found.setdefault(step, []).append(value)
-    steps = sorted(found.items())
+    steps = [(step, sorted(values)) for step, values in sorted(found.items())]
     return (
-        [(step, min(values)) for step, values in steps],
+        [(step, values[0]) for step, values in steps],
         [(step, median(values)) for step, values in steps],
-        [(step, max(values)) for step, values in steps],
+        [(step, values[-1]) for step, values in steps],
     )

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-MOST = 8  # generations of sources whose texts are kept: those that were used last
+MOST = 32  # generations of sources whose texts are kept: those that were used last
 
 
 def remember(sources: str, key: str, make: Callable[[], str | None]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from retrace.core.claims import Claim
 from retrace.core.figures import MANY_SEEDS
@@ -50,15 +51,27 @@ class Table:
 
 @dataclass(frozen=True)
 class VerdictView:
-    """A verdict with its texts. `seeds`: per paired seed the cells of every arm and the difference."""
+    """A verdict with its texts, of numbers with `places` decimal places."""
 
     verdict: Verdict
+    places: int
     shown: Shown
     detectable: str
-    bar: Figure
     arms: tuple[tuple[str, Shown], ...]  # named with the metric where a claim has two
     told: str  # the means of the arms in one phrase
-    seeds: tuple[tuple[int, tuple[tuple[str, str], ...], str], ...]
+
+    @cached_property
+    def bar(self) -> Figure:
+        return verdict_bar(self.verdict)
+
+    @cached_property
+    def seeds(self) -> tuple[tuple[int, tuple[tuple[str, str], ...], str], ...]:
+        """Per paired seed the cells of every arm and the difference."""
+        arms, places = self.verdict.arms, self.places
+        return tuple(
+            (seed, tuple(_cell(arm.samples[seed], places) for arm in arms), number(value, places, sign=True))
+            for seed, value in self.verdict.differences.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -104,19 +117,14 @@ def view_verdict(verdict: Verdict) -> VerdictView:
     arms = tuple(
         (arm.arm if one else f"{arm.arm} {arm.metric}", show(arm.estimate, places=places)) for arm in verdict.arms
     )
-    seeds = tuple(
-        (seed, tuple(_cell(arm.samples[seed], places) for arm in verdict.arms), number(value, places, sign=True))
-        for seed, value in verdict.differences.items()
-    )
     detectable = "" if verdict.detectable is None else number(verdict.detectable, places)
     return VerdictView(
         verdict,
+        places,
         show(verdict.estimate, places=places, sign=True),
         detectable,
-        verdict_bar(verdict),
         arms,
         _told(verdict.claim, [f"{arm} {shown.mean}" for arm, shown in arms]),
-        seeds,
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from retrace.core.record import Record
 
@@ -33,9 +33,8 @@ class Planned:
     accepts_diverged: bool = False  # it makes use of parents that diverged
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One number and the record that it stands in."""
+class Sample(NamedTuple):
+    """One number and the record that it stands in; a report has 100,000 of them."""
 
     value: float
     record: Record
@@ -102,14 +101,19 @@ class Samples:
         self._by_id = {record.id: record for record in records if record.scale == scale}
         self._depths: dict[str, int] = {}
         self._fill(self._group())
+        self._values: dict[tuple[str, str], dict[str, dict[int, Sample]]] = {}
         used = {record.id for chain in self._all() for record in chain.records}
         self.used = tuple(record for record in self._by_id.values() if record.id in used)
         self.unused = len(self._by_id) - len(self.used)
 
     def values(self, ablation: str, arm: str, metric: str) -> dict[int, Sample]:
         """The samples of a metric by seed; seeds without a value are left out."""
-        chains = self.chains.get(ablation, {}).get(arm, {})
-        return {seed: chain.metrics[metric] for seed, chain in chains.items() if metric in chain.metrics}
+        if (ablation, arm) not in self._values:
+            by_metric = self._values[ablation, arm] = {}
+            for seed, chain in self.chains.get(ablation, {}).get(arm, {}).items():
+                for name, sample in chain.metrics.items():
+                    by_metric.setdefault(name, {})[seed] = sample
+        return dict(self._values[ablation, arm].get(metric, {}))
 
     def trouble(self, ablation: str, arm: str) -> dict[int, str]:
         """Seeds of an arm that 'diverged' or 'failed'. A failed run leaves no record; the plan knows of it."""

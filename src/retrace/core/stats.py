@@ -1,14 +1,19 @@
-"""Statistics over seeds: pure functions over values, on scipy.special, which is imported where it is needed.
+"""Statistics over seeds: functions of values alone, on scipy.special, which is imported where it is needed.
 
 Missing is missing: nothing here fills a gap, one value has no interval, and equal values have no spread to estimate.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
+
+from retrace.core.memo import remember
 
 CONFIDENCE = 0.95  # of every interval in the reports, two-sided
 POWER = 0.80  # at which a detectable effect is stated
@@ -49,7 +54,7 @@ class Estimate:
 def estimate(values: Iterable[float]) -> Estimate | None:
     """Mean with Student's t interval; None without values. Raises ValueError for a value that is not finite."""
     samples = list(values)
-    if not all(math.isfinite(value) for value in samples):
+    if not all(map(math.isfinite, samples)):
         raise ValueError(f"samples={samples}: statistics need finite numbers; leave a missing value out")
     if not samples:
         return None
@@ -63,12 +68,28 @@ def estimate(values: Iterable[float]) -> Estimate | None:
     return Estimate(mean, n, sd, mean - half, mean + half)
 
 
-@cache
 def t_quantile(degrees: int) -> float:
     """The value that |t| with so many degrees of freedom stays under with probability `CONFIDENCE`."""
-    from scipy.special import stdtrit
+    return _special("stdtrit", degrees, (1 + CONFIDENCE) / 2)
 
-    return float(stdtrit(degrees, (1 + CONFIDENCE) / 2))
+
+@cache
+def _special(name: str, *arguments: float) -> float:
+    """A function of scipy.special, which takes half a second to import; a report needs a few values, kept on disk."""
+
+    def make() -> str:
+        import scipy.special
+
+        return json.dumps(float(getattr(scipy.special, name)(*arguments)))
+
+    text = remember(_scipy(), json.dumps([name, *arguments]), make)
+    assert text is not None
+    return float(json.loads(text))
+
+
+@cache
+def _scipy() -> str:
+    return hashlib.sha256(f"scipy.special {version('scipy')}".encode()).hexdigest()
 
 
 def paired_differences(a: Mapping[int, float], b: Mapping[int, float]) -> dict[int, float]:
@@ -98,9 +119,7 @@ def detectable_effect(*, sd: float, n: int) -> float | None:
     """
     if n < 2 or sd <= 0:
         return None
-    from scipy.special import nctdtrinc
-
-    return float(nctdtrinc(n - 1, 1 - POWER, t_quantile(n - 1))) * sd / math.sqrt(n)
+    return _special("nctdtrinc", n - 1, 1 - POWER, t_quantile(n - 1)) * sd / math.sqrt(n)
 
 
 def seeds_needed(*, mean: float, sd: float, low: float, high: float) -> int | None:

@@ -9,6 +9,7 @@ two models and what they remember of the text.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 from retrace.core.cost import BF16, COMPUTED, FP32, KEPT, Cost, DecoderShape, Memory
 from retrace.core.optim import Optim
@@ -99,14 +100,20 @@ def evaluate(config: EvaluateConfig) -> Cost:
 
 def _written_tokens(task: str, settings: EvalConfig) -> int:
     """Tokens that a model writes for a task, at most: a text may end earlier."""
+    each, most = _written_an_item(task)
+    items = min(settings.num_questions, settings.limit or settings.num_questions)
+    return each * (items if most is None else min(items, most))
+
+
+@cache
+def _written_an_item(task: str) -> tuple[int, int | None]:
+    """(tokens written for an item at most, items at most); read once, as a plan asks for every arm and seed."""
     file = read_task(task, tasks_dir=TASKS)
     if file.settings.get("output_type") != "generate_until":
-        return 0
-    items = min(settings.num_questions, settings.limit or settings.num_questions)
-    items = min(items, file.subset.size) if file.subset else items
+        return 0, None
     kwargs = file.settings.get("generation_kwargs", {})
     once = kwargs.get("max_gen_toks", 0) + (kwargs.get("then") or {}).get("max_gen_toks", 0)
-    return items * int(file.settings.get("repeats", 1)) * int(once)
+    return int(file.settings.get("repeats", 1)) * int(once), file.subset.size if file.subset else None
 
 
 def thread_tokens(thoughts: ThoughtConfig) -> int:
