@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from retrace.core.data import derive_seed, generator
+from retrace.core.requests import Sampling
 from retrace.papers.quietstar.losses import draw
 from retrace.papers.quietstar.scorer import ThoughtScorer
 
@@ -28,28 +29,20 @@ class PlainScorer(ThoughtScorer):
         self.batch_tokens, self.batch_size = batch_tokens, None
 
     @torch.inference_mode()
-    def generate(
-        self,
-        contexts: Sequence[list[int]],
-        *,
-        stop: Sequence[str],
-        max_new_tokens: int,
-        temperature: float,
-        seeds: Sequence[int],
-    ) -> list[str]:
+    def generate(self, contexts: Sequence[list[int]], settings: Sampling, *, seeds: Sequence[int]) -> list[str]:
         """See `requests.Scorer`."""
         new: list[list[int]] = [[] for _ in contexts]
-        noise_BL = token_noise(seeds, max_new_tokens)
+        noise_BL = token_noise(seeds, settings.max_new_tokens)
         live = list(range(len(contexts)))
-        for step in range(max_new_tokens):
+        for step in range(settings.max_new_tokens):
             ids_BT, mask_BT = self._pad([contexts[i] + new[i] for i in live])
             last_B1 = mask_BT.sum(-1, keepdim=True) - 1
             steps = [derive_seed(seeds[i], "step", step) for i in live]
             logits_BV = self.logits(ids_BT, mask_BT, last_B1, seeds=steps)[:, 0]
-            tokens = choose(logits_BV, temperature=temperature, noise_B=noise_BL[live, step]).tolist()
+            tokens = choose(logits_BV, temperature=settings.temperature, noise_B=noise_BL[live, step]).tolist()
             for i, token in zip(live, tokens, strict=True):
                 new[i].append(token)
-            live = [i for i in live if not self._has_ended(new[i], stop)]
+            live = [i for i in live if not self._has_ended(new[i], settings.stop)]
             if not live:
                 break
         return self.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -92,28 +85,20 @@ class CausalLMScorer(PlainScorer):
         return output.logits[rows_B1, inverse]
 
     @torch.inference_mode()
-    def generate(
-        self,
-        contexts: Sequence[list[int]],
-        *,
-        stop: Sequence[str],
-        max_new_tokens: int,
-        temperature: float,
-        seeds: Sequence[int],
-    ) -> list[str]:
+    def generate(self, contexts: Sequence[list[int]], settings: Sampling, *, seeds: Sequence[int]) -> list[str]:
         """See `requests.Scorer`; with the model's key-value cache."""
         ids_BT, mask_BT = self._pad(contexts, side="left")
         start = ids_BT.shape[1]
-        drawn = _Drawn(token_noise(seeds, max_new_tokens), temperature=temperature, start=start)
+        drawn = _Drawn(token_noise(seeds, settings.max_new_tokens), temperature=settings.temperature, start=start)
         output_BT = self.model.generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=settings.max_new_tokens,
             do_sample=False,  # its sampling shares one stream of noise among the rows: ours is in `drawn`
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.eos_token_id or 0,
-            logits_processor=LogitsProcessorList([drawn] if temperature else []),
-            stopping_criteria=StoppingCriteriaList([_Ended(self, stop, start=start)]),
+            logits_processor=LogitsProcessorList([drawn] if settings.temperature else []),
+            stopping_criteria=StoppingCriteriaList([_Ended(self, settings.stop, start=start)]),
         )
         return self.tokenizer.batch_decode(output_BT[:, start:], skip_special_tokens=True)
 

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from retrace.core.answers import answer_ids
 from retrace.core.evaluate import _load, evaluate_task, scorer_model
-from retrace.core.requests import Responses, Scorer, encode_pair
+from retrace.core.requests import Responses, Sampling, Scorer, encode_pair
 from retrace.core.tasks import read_task
 
 CHARACTERS = "\n " + "".join(chr(code) for code in range(33, 127))
@@ -244,12 +244,12 @@ def test_sampled_texts_are_the_same_with_and_without_a_cache_and_in_any_batch(pa
     """Given the seed; and they are samples: other seeds and repetitions give other texts."""
     _, scorer = pair
     contexts = [[1, *range(5, 5 + n)] for n in (3, 9, 20)] * 2
-    settings = {"stop": ["e"], "max_new_tokens": 16, "temperature": 0.8}
+    settings = Sampling(stop=("e",), max_new_tokens=16, temperature=0.8)
     seeds = [11, 12, 13, 14, 15, 16]
-    together = scorer.generate(contexts, seeds=seeds, **settings)
-    alone = [scorer.generate([c], seeds=[s], **settings)[0] for c, s in zip(contexts, seeds, strict=True)]
-    plain = PlainScorer.generate(scorer, contexts, seeds=seeds, **settings)
-    cut = [[text.partition("e")[0] for text in texts] for texts in (together, alone, plain)]
+    together = scorer.generate(contexts, settings, seeds=seeds)
+    alone = [scorer.generate([c], settings, seeds=[s])[0] for c, s in zip(contexts, seeds, strict=True)]
+    plain = PlainScorer.generate(scorer, contexts, settings, seeds=seeds)
+    cut = [[settings.cut(text) for text in texts] for texts in (together, alone, plain)]
     assert cut[0] == cut[1] == cut[2]
     assert len(set(cut[0])) > 4
 
@@ -316,9 +316,9 @@ class Scripted:
     def batches(self, requests: Any, *, room: int) -> list[list[int]]:  # noqa: ARG002
         return [[i] for i in range(len(requests))]
 
-    def generate(self, contexts: Any, *, max_new_tokens: int, temperature: float, **_: Any) -> list[str]:
+    def generate(self, contexts: Any, settings: Sampling, **_: Any) -> list[str]:
         prompts = [self.tokenizer.decode(context) for context in contexts]
-        self.asked += [(prompt, max_new_tokens, temperature) for prompt in prompts]
+        self.asked += [(prompt, settings.max_new_tokens, settings.temperature) for prompt in prompts]
         return [next(self.answers[prompt]) for prompt in prompts]
 
 

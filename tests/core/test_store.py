@@ -15,6 +15,7 @@ import pytest
 from test_pages import record, spec
 
 from retrace.core import lease as lease_module
+from retrace.core.files import write_json
 from retrace.core.launch import Summary, unfinished
 from retrace.core.lease import Busy
 from retrace.core.lookup import known_runs
@@ -41,10 +42,13 @@ def test_a_run_that_is_asked_for_again_gains_labels_and_loses_none(run: RunDir) 
     assert labels(run) == ["size/big/s0", "other/one/s0"]
 
 
-def test_a_config_that_cannot_be_read_hides_no_other_run_and_is_written_anew(run: RunDir, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_config_that_cannot_be_read_hides_no_other_run_and_is_written_anew(
+    run: RunDir, tmp_path: Path, content: str
+) -> None:
     store = Store(tmp_path)
     store.run("demo-evaluate-2").freeze(spec("demo-evaluate-2"), command="test")
-    (run.path / "config.json").write_text("{")
+    (run.path / "config.json").write_text(content)
     assert {found.id: found.labels for found in known_runs(store)} == {RUN: (), "demo-evaluate-2": ("size/big/s0",)}
     run.freeze(spec(RUN), command="test")
     assert labels(run) == ["size/big/s0"]
@@ -76,7 +80,7 @@ def test_who_loses_its_lease_to_another_host_stops_and_leaves_what_that_one_writ
     with run.lease():
         run.progress(step=1, total=2, seconds_left=None, seconds=1.0)
         assert not run.lost.is_set()
-        lease.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+        write_json(lease, {"host": "elsewhere", "pid": 1})  # whole, as other hosts do: a torn one is written anew
         assert run.lost.wait(timeout=10)
         with pytest.raises(Busy, match=f"{RUN} was taken over by elsewhere:1"):
             run.progress(step=2, total=2, seconds_left=None, seconds=1.0)

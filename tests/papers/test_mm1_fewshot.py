@@ -18,6 +18,7 @@ from torch import Tensor
 from retrace.core.compose import compose
 from retrace.core.config import CONFIGS
 from retrace.core.evaluate import evaluate_task
+from retrace.core.requests import Sampling
 from retrace.core.tasks import list_tasks, validate_tasks
 from retrace.papers.mm1.captions import cider, normalize, tokenize, vqa_accuracy
 from retrace.papers.mm1.choices import ImageTask
@@ -380,4 +381,4 @@ def test_a_multimodal_model_answers_lm_eval(tmp_path: Path) -> None:
     for name in ("sciq", "lambada_openai"):
         found = evaluate_task(name, scorers={"": scorer}, seed=0, tasks_dir=TASKS, data_dir=tmp_path, generated={})
         assert found.metrics[f"{name}/acc"] == 0.5
-    assert scorer.generate([[1]], stop=["\n"], max_new_tokens=2, temperature=0, seeds=[0]) == ["red red"]
+    assert scorer.generate([[1]], Sampling(("\n",), 2, temperature=0), seeds=[0]) == ["red red"]

@@ -19,7 +19,7 @@ from retrace.core.config import Hardware, validate
 from retrace.core.context import Context, Stopped
 from retrace.core.evaluate import evaluate_task
 from retrace.core.plan import plan
-from retrace.core.requests import Request
+from retrace.core.requests import Request, Sampling
 from retrace.core.store import RunDir
 from retrace.core.tracking import Tracker
 from retrace.papers.quietstar import difficulty, evaluation
@@ -31,6 +31,7 @@ from retrace.papers.quietstar.tokenizer import build_tokenizer
 from retrace.papers.quietstar.windows import Windows
 
 TOKENIZER = build_tokenizer()
+GREEDY = Sampling(stop=(".",), max_new_tokens=6, temperature=0.0)
 SMOKE = ["scale=smoke", "seed=0", "tracking.wandb=off", "eval.num_questions=7"]
 
 
@@ -115,7 +116,7 @@ def test_generation_thinks_before_every_token() -> None:
     model = thinker()
     scorer = ThoughtScorer(model, TOKENIZER, think=True, thought_seed=None)
     contexts = [TOKENIZER(text).input_ids for text in ("Q: Tom has 3 pens.\nA:", "The quiet mill")]
-    texts = scorer.generate(contexts, stop=["."], max_new_tokens=6, temperature=0.0, seeds=[0, 0])
+    texts = scorer.generate(contexts, GREEDY, seeds=[0, 0])
     plain = []
     for ids in contexts:
         whole = list(ids)
@@ -128,7 +129,7 @@ def test_generation_thinks_before_every_token() -> None:
         plain.append(TOKENIZER.decode(whole[len(ids) :], skip_special_tokens=True))
     assert texts == plain
     silent = ThoughtScorer(model, TOKENIZER, think=False, thought_seed=None)
-    assert silent.generate(contexts, stop=["."], max_new_tokens=6, temperature=0.0, seeds=[0, 0]) != texts
+    assert silent.generate(contexts, GREEDY, seeds=[0, 0]) != texts
 
 
 def test_sampled_thoughts_of_a_row_do_not_depend_on_the_batch_around_it() -> None:

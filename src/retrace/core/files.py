@@ -55,12 +55,13 @@ def read_json(path: Path) -> Any | None:
         raise ValueError(f"{path}: not readable as JSON ({error}); delete it and run again") from None
 
 
-def try_json(path: Path) -> Any | None:
-    """The file's content, or None where there is no such file or it is broken: for what can be done without."""
+def try_json(path: Path) -> dict[str, Any]:
+    """The file's keys and values, none where it is not there or holds no such: for what can be done without."""
     try:
-        return read_json(path)
+        found = read_json(path)
     except ValueError:
-        return None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def json_lines(lines: Iterable[str], *, path: Path) -> Iterator[Any]:

@@ -141,7 +141,7 @@ def _lock(file: TextIO) -> bool | None:
 def _owner(path: Path) -> Mapping[str, Any] | None:
     """Who a lease says that it is of; None where there is none, or nobody can read it."""
     found = try_json(path)
-    return found if isinstance(found, dict) and {"host", "pid"} <= found.keys() else None
+    return found if {"host", "pid"} <= found.keys() else None
 
 
 def _name(owner: Mapping[str, Any]) -> str:

@@ -33,7 +33,8 @@ def known_runs(store: Store) -> list[KnownRun]:
     """Every run on disk, by id; a broken config hides no other run."""
     found = []
     for path in sorted(store.runs.glob("*/config.json")):
-        tree = {name: value for name, value in (try_json(path) or {}).items() if name in KnownRun.__annotations__}
+        frozen = try_json(path)
+        tree = {name: frozen[name] for name in KnownRun.__annotations__.keys() & frozen}
         labels = tuple(tree.get("labels", ()))
         found.append(KnownRun(**tree | {"id": path.parent.name, "labels": labels}))
     return found

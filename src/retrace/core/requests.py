@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +25,19 @@ MAX_NEW_TOKENS = 256  # lm-eval's own, for tasks that do not say
 
 Request = tuple[list[int], list[int]]  # token ids of a context, never empty, and of its continuation, never empty
 OnProgress = Callable[[float], None]  # told the share that is done after each batch; may raise to stop
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How texts are written: to a stop string, or so many tokens. Temperature 0 takes the likeliest ones."""
+
+    stop: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float
+
+    def cut(self, text: str) -> str:
+        """The text before its first stop string."""
+        return min((text.partition(end)[0] for end in self.stop), key=len, default=text)
 
 
 class Scorer(Protocol):
@@ -45,30 +58,18 @@ class Scorer(Protocol):
         """
         ...
 
-    def generate(
-        self,
-        contexts: Sequence[list[int]],
-        *,
-        stop: Sequence[str],
-        max_new_tokens: int,
-        temperature: float,
-        seeds: Sequence[int],
-    ) -> list[str]:
+    def generate(self, contexts: Sequence[list[int]], settings: Sampling, *, seeds: Sequence[int]) -> list[str]:
         """Continuations; each may run on behind a stop string, where the caller cuts it.
 
-        The likeliest tokens at temperature 0, else sampled ones. All noise of a context comes from its seed, so that it
-        does not depend on the others.
+        All noise of a context comes from its seed, so that it does not depend on the others.
         """
         ...
 
 
 @dataclass(frozen=True)
-class GenerationSettings:
+class GenerationSettings(Sampling):
     """A task's `generation_kwargs`: lm-eval's, and `then`, a text to go on with after the first continuation."""
 
-    stop: tuple[str, ...]
-    max_new_tokens: int
-    temperature: float  # 0: the likeliest tokens
     then: tuple[str, int] | None  # the text, and how many tokens may follow it
 
     @classmethod
@@ -89,10 +90,6 @@ class GenerationSettings:
             temperature=temperature if given.get("do_sample", True) else 0.0,
             then=None if then is None else (str(then["text"]), int(then["max_gen_toks"])),
         )
-
-    def cut(self, text: str) -> str:
-        """The text before its first stop string."""
-        return min((text.partition(end)[0] for end in self.stop), key=len, default=text)
 
 
 class Responses:
@@ -191,26 +188,22 @@ class ScorerRequests:
 
         def run(batch: list[int]) -> list[str]:
             chosen = [seeds[i] for i in batch]
-            texts = self._generate([contexts[i] for i in batch], settings, settings.max_new_tokens, chosen)
+            texts = self._generate([contexts[i] for i in batch], settings, chosen)
             if settings.then is None:
                 return texts
             link, room = settings.then
             whole = [prompts[i] + text + link for i, text in zip(batch, texts, strict=True)]
             longer = [self._fit(self._encode(text), room=room) for text in whole]
-            rest = self._generate(longer, settings, room, [derive_seed(seed, "then") for seed in chosen])
+            further = replace(settings, max_new_tokens=room)
+            rest = self._generate(longer, further, [derive_seed(seed, "then") for seed in chosen])
             return [text + link + more for text, more in zip(texts, rest, strict=True)]
 
         keys = [_digest("text", c, s, repr(settings)) for c, s in zip(contexts, seeds, strict=True)]
         batches = self.scorer.batches([(context, []) for context in contexts], room=settings.max_new_tokens)
         return self._ask(keys, batches, run)
 
-    def _generate(
-        self, contexts: Sequence[list[int]], settings: GenerationSettings, room: int, seeds: Sequence[int]
-    ) -> list[str]:
-        found = self.scorer.generate(
-            contexts, stop=settings.stop, max_new_tokens=room, temperature=settings.temperature, seeds=seeds
-        )
-        return [settings.cut(text) for text in found]
+    def _generate(self, contexts: Sequence[list[int]], settings: Sampling, seeds: Sequence[int]) -> list[str]:
+        return [settings.cut(text) for text in self.scorer.generate(contexts, settings, seeds=seeds)]
 
     def _encode(self, prompt: str) -> list[int]:
         ids = encode(self.scorer.tokenizer, prompt)

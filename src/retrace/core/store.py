@@ -58,7 +58,7 @@ class RunDir(Leased):
     def freeze(self, spec: RunSpec, *, command: str) -> None:
         """Write config.json; a run that is already frozen has its placement renewed, and gains labels."""
         assert spec.id == self.id
-        frozen = try_json(self.path / "config.json") or {}  # a broken one is written anew
+        frozen = try_json(self.path / "config.json")  # a broken one is written anew
         tree = {name: getattr(spec, name) for name in ("id", "paper", "program", "recipe", "scale", "seed")}
         tree |= {"config": science(spec.config), "parents": dict(spec.parents)}
         tree |= {
@@ -117,8 +117,7 @@ class RunDir(Leased):
 
     def _progress(self) -> dict[str, Any]:
         """How far the run is; it is never fsynced, so a power cut may leave it empty."""
-        found = try_json(self.path / "progress.json")
-        return found if isinstance(found, dict) else {}
+        return try_json(self.path / "progress.json")
 
     def progress(self, *, step: int, total: int, seconds_left: float | None, seconds: float) -> None:
         """Say how far the run is; no fsync, since the next one follows soon. Raises `Busy` where the lease is lost."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from retrace.core.requests import Request
+from retrace.core.requests import Request, Sampling
 from retrace.papers.mm1.fewshot import Answerer, stop_tokens
 from retrace.papers.mm1.rows import Piece
 
@@ -37,18 +37,10 @@ class TextScorer:
             for (score,), ids, (_, continuation) in zip(scores, written, requests, strict=True)
         ]
 
-    def generate(
-        self,
-        contexts: Sequence[list[int]],
-        *,
-        stop: Sequence[str],
-        max_new_tokens: int,
-        temperature: float,
-        seeds: Sequence[int],  # noqa: ARG002
-    ) -> list[str]:
+    def generate(self, contexts: Sequence[list[int]], settings: Sampling, *, seeds: Sequence[int]) -> list[str]:  # noqa: ARG002
         """Greedy texts, to the end of the document or a stop that is one token; the caller cuts at the others."""
-        assert temperature == 0, "none of the tasks samples"
-        ends = stop_tokens(self.tokenizer, stop)
+        assert settings.temperature == 0, "none of the tasks samples"
+        ends = stop_tokens(self.tokenizer, settings.stop)
         prompts = [[Piece(tuple(context))] for context in contexts]
-        found = self.answerer.generate(prompts, max_new_tokens=max_new_tokens, stop=ends)
+        found = self.answerer.generate(prompts, max_new_tokens=settings.max_new_tokens, stop=ends)
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]

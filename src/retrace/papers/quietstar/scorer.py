@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from retrace.core.data import derive_seed, generator
-from retrace.core.requests import Request
+from retrace.core.requests import Request, Sampling
 from retrace.papers.quietstar.generation import generate
 from retrace.papers.quietstar.model import ThoughtModel
 
@@ -116,29 +116,24 @@ class ThoughtScorer:
         return self.model.predict(input_ids_BT, attention_mask_BT, positions_BN, generator=noise).mixed_BNV
 
     @torch.inference_mode()
-    def generate(
-        self,
-        contexts: Sequence[list[int]],
-        *,
-        stop: Sequence[str],
-        max_new_tokens: int,
-        temperature: float,
-        seeds: Sequence[int],
-    ) -> list[str]:
+    def generate(self, contexts: Sequence[list[int]], settings: Sampling, *, seeds: Sequence[int]) -> list[str]:
         """See `requests.Scorer`; with cached keys and values."""
         ids_BT, mask_BT = self._pad(contexts, side="left")
 
+        noise = [generator(seed, "tokens", device=self.device) for seed in seeds]
+
         def ended(tokens_BL: Tensor) -> Tensor:
-            return torch.tensor([self._has_ended(row, stop) for row in tokens_BL.tolist()], device=tokens_BL.device)
+            ends = [self._has_ended(row, settings.stop) for row in tokens_BL.tolist()]
+            return torch.tensor(ends, device=tokens_BL.device)
 
         tokens_BL = generate(
             self.model,
             ids_BT,
             mask_BT,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=settings.max_new_tokens,
             eos_token_id=self.tokenizer.eos_token_id,
-            temperature=temperature,
-            generator=[generator(seed, "tokens", device=self.device) for seed in seeds] if temperature else None,
+            temperature=settings.temperature,
+            generator=noise if settings.temperature else None,
             think=self.think,
             thought_generator=thought_noise(self.thought_seed, seeds, self.device),
             stop=ended,
