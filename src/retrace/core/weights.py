@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 
 from retrace.core.files import read_json
@@ -25,6 +26,13 @@ def load_pretrained(kind: Any, name: str | Path, *, revision: str = "main", **op
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         reason = "it needs code of its own, which is never run: use a type that transformers knows" if asked else first
         raise ValueError(f"{name}: {reason}") from error
+
+
+def note_commit(notes: dict[str, Any], name: str, *, revision: str) -> None:
+    """Put into a run's notes which commit of the hub was loaded, since a branch moves; nothing for a folder."""
+    found = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(found, str):
+        notes.setdefault("hub_commits", {})[name] = Path(found).parent.name
 
 
 def require_weights(folder: Path) -> None:

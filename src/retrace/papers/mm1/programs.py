@@ -16,6 +16,7 @@ from retrace.core.data import derive_seed
 from retrace.core.optim import Optim
 from retrace.core.precision import KEPT
 from retrace.core.train import WEIGHT, Batch, Group, LossFunction, fit
+from retrace.core.weights import note_commit
 from retrace.papers.mm1 import cost
 from retrace.papers.mm1.choices import PretrainedDecoder, PretrainedEncoder, vocab_size
 from retrace.papers.mm1.config import PARTS, Rows
@@ -252,6 +253,7 @@ def _encoder(config: PretrainConfig, ctx: Context) -> VisionEncoder:
         chosen = config.encoder
         loaded = load_encoder(chosen.place(), image_size=config.image_size, revision=chosen.revision, dtype=dtype)
         _same_size("encoder", chosen.name, loaded.hidden_size, chosen.hidden_size)
+        note_commit(ctx.notes, chosen.place(), revision=chosen.revision)
         return loaded
     found = from_pretrained(ctx.parents["encoder"].path / MODEL, dtype=dtype)
     assert isinstance(found, VisionEncoder)
@@ -267,6 +269,7 @@ def _decoder(config: PretrainConfig, ctx: Context) -> Decoder:
         new: dict[str, Any] = {"experts": experts, "vocab_size": rows, "seed": config.seed}
         read = load_decoder(chosen.place(), revision=chosen.revision, dtype=dtype, **new)
         _same_size("decoder.shape", chosen.name, read.hidden_size, chosen.shape.hidden_size)
+        note_commit(ctx.notes, chosen.place(), revision=chosen.revision)
         return read
     found = from_pretrained(ctx.parents["decoder"].path / MODEL, dtype=dtype)
     assert isinstance(found, Decoder)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from retrace.core.context import Context
 from retrace.core.data import derive_seed
-from retrace.core.weights import load_pretrained
+from retrace.core.weights import load_pretrained, note_commit
 from retrace.papers.quietstar.config import Corpus, Model, ThoughtConfig
 from retrace.papers.quietstar.model import ThoughtModel
 from retrace.papers.quietstar.models import ScratchModel
@@ -71,6 +71,7 @@ def load_base(model: Model, ctx: Context, *, dtype: torch.dtype) -> tuple[PreTra
         found = getattr(trunk.config, theirs, stated)
         if stated is not None and stated != found:
             raise ValueError(f"model.{key}={stated}: {name} is another model, with {found}; the plan counts with it")
+    note_commit(ctx.notes, name, revision=revision)
     return trunk, tokenizer
 
 
