@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import stdtrit
 
 from retrace.core.stats import detectable_effect, estimate, paired_differences, sign_test, t_quantile, trend_slopes
 
@@ -115,3 +120,20 @@ def test_what_can_not_be_known_has_no_detectable_effect() -> None:
 
 def test_sign_test() -> None:
     assert [sign_test(n) for n in (1, 3, 6)] == [1.0, 0.25, 0.03125]
+
+
+def test_a_value_of_scipy_is_kept_on_disk_to_the_last_digit_and_needs_no_import_the_next_time(tmp_path: Path) -> None:
+    code = (
+        "import sys; from retrace.core.stats import detectable_effect, t_quantile; "
+        "print(t_quantile(7), detectable_effect(sd=1.5, n=8), 'scipy.special' in sys.modules)"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(2)
+    )
+    assert first[:2] == second[:2] == [repr(t_quantile(7)), repr(detectable_effect(sd=1.5, n=8))]
+    assert float(first[0]) == float(stdtrit(7, 0.975))
+    assert [first[2], second[2]] == ["True", "False"]

@@ -130,11 +130,12 @@ def seeds_needed(*, mean: float, sd: float, low: float, high: float) -> int | No
     """
     if sd <= 0 or not low < mean < high:
         return None
-    from scipy.special import nctdtr
+    from scipy.special import nctdtr, stdtrit
 
     def chance(n: int) -> float:
         distances = ((mean - low) * math.sqrt(n) / sd, (high - mean) * math.sqrt(n) / sd)
-        return 1 - sum(float(nctdtr(n - 1, d, t_quantile(n - 1))) for d in distances if math.isfinite(d))
+        t = stdtrit(n - 1, (1 + CONFIDENCE) / 2)
+        return 1 - sum(float(nctdtr(n - 1, d, t)) for d in distances if math.isfinite(d))
 
     few, many = 2, 3  # fewer pairs call nothing
     while chance(many) < POWER:
