@@ -66,9 +66,8 @@ def fill(home: str, num_seeds: int, *, earlier: bool) -> None:
         like = records[spec.labels[0].rpartition("/s")[0], spec.program]
         metrics = {name: value * (1 + spec.seed / 1000) for name, value in like.metrics.items()}  # seeds differ
         changes = {"id": spec.id, "labels": labels, "seed": spec.seed, "config": science(spec.config), "pages": ()}
-        changes["metrics"] = metrics
         run.freeze(spec, command="retrace run quietstar")
-        store.write_record(like.model_copy(update={**changes, "parents": dict(spec.parents)}))
+        store.write_record(like.model_copy(update={**changes, "metrics": metrics, "parents": dict(spec.parents)}))
         run.finish("DONE")
 
 
