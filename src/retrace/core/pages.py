@@ -9,7 +9,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from retrace.core.reportruns import anchor
 from retrace.core.svg import STYLE
 from retrace.core.units import duration, si
 from retrace.core.verdictfigures import numbers
@@ -39,7 +38,6 @@ def environment() -> Any:
         "arrow": _arrow,
         "duration": duration,
         "word": _word,
-        "anchor": anchor,
         "cells": _cells,
         "md_cells": _markdown_cells,
         "plain": _plain,

@@ -66,10 +66,12 @@ class Record(Frozen):
     pages: tuple[PageName, ...] = ()  # that belong to it: results/<paper>/pages/<id>--<name>.html
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path | str) -> Self:
         """Read a record; raises ValueError, naming the file, for another schema or a broken file."""
+        with open(path, "rb", buffering=0) as file:
+            content = file.read()
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])

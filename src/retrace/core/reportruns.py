@@ -24,7 +24,10 @@ class PageLink:
 class Run:
     """One line of the ledger. `command` runs it again, with what it builds on; `users`: arms and seeds that read it."""
 
-    record: Record
+    id: str
+    anchor: str
+    status: str
+    seconds: float | None
     command: str
     users: int
     pages: tuple[PageLink, ...]
@@ -72,7 +75,8 @@ def ledger(slug: str, ablations: Sequence[Ablation], samples: Samples, pages: fr
                 found.setdefault(record.id, (record, command))
                 users[record.id] += 1
     return tuple(
-        Run(record, command, users[record.id], page_links(record, pages)) for record, command in found.values()
+        Run(r.id, anchor(r), r.status.lower(), r.cost.seconds, command, users[r.id], page_links(r, pages))
+        for r, command in found.values()
     )
 
 
@@ -151,9 +155,9 @@ def origins(records: Sequence[Record], key: str) -> str:
 def origin(records: Sequence[Record]) -> dict[str, str]:
     """Where the records come from, in words for each kind of origin that is known."""
     packages: dict[str, set[str]] = {}
-    for record in records:
-        for name, version in (record.provenance.get("packages") or {}).items():
-            packages.setdefault(name, set()).add(str(version))
+    installed = (record.provenance.get("packages") or {} for record in records)
+    for name, version in {(name, str(version)) for found in installed for name, version in found.items()}:
+        packages.setdefault(name, set()).add(version)
     dirty = sum(bool(record.provenance.get("dirty")) for record in records)
     changed = f"; {dirty} of {len(records)} runs with uncommitted changes"
     finished = sorted(str(r.provenance["finished"]) for r in records if r.provenance.get("finished"))

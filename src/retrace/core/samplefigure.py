@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from retrace.core.figures import BOTTOM, HEIGHT, LEFT, MANY_SEEDS, RIGHT, TOP, WIDTH, Scale, frame, heading, value_range
-from retrace.core.stats import estimate
+from retrace.core.stats import Estimate, estimate
 from retrace.core.svg import Figure, decimals, dot, figure, line, number, points, polyline, shorten, text
 
 LETTER = 6.6  # width of a letter of an arm's name, at most
@@ -29,6 +30,10 @@ class ArmValues:
     values: Mapping[int, float]
     diverged: tuple[int, ...] = ()
 
+    @cached_property
+    def estimate(self) -> Estimate | None:
+        return estimate(self.values.values())
+
 
 def sample_figure(name: str, title: str, arms: Sequence[ArmValues], *, baseline: str) -> Figure:
     """All samples of one metric. `title`: the metric in words, with its unit."""
@@ -41,7 +46,7 @@ def sample_figure(name: str, title: str, arms: Sequence[ArmValues], *, baseline:
 
 
 def _spoken(arm: ArmValues) -> str:
-    found = estimate(arm.values.values())
+    found = arm.estimate
     lost = f", {len(arm.diverged)} diverged" if arm.diverged else ""
     if found is None:
         return f"no value{lost}"
@@ -53,8 +58,7 @@ def _scale(arms: Sequence[ArmValues], *, start: float, end: float, may_be_log: b
     """The axis of all samples and intervals; logarithmic where positive values span decades."""
     values = [value for arm in arms for value in arm.values.values()]
     logarithmic = may_be_log and bool(values) and min(values) > 0 and max(values) >= DECADES * max(1.0, min(values))
-    found = (estimate(arm.values.values()) for arm in arms)
-    ends = [end for e in found if e is not None for end in (e.low, e.high) if end is not None]
+    ends = [end for arm in arms if (e := arm.estimate) is not None for end in (e.low, e.high) if end is not None]
     shown = [*values, *ends]
     if logarithmic:
         shown = [math.log10(value) for value in shown if value > min(values) / 2]
@@ -74,9 +78,8 @@ def _columns(title: str, arms: Sequence[ArmValues], column: float, baseline: str
     centre = {arm.arm: LEFT + column * (index + 0.5) for index, arm in enumerate(arms)}
     yield from frame(title, y)
     for arm in arms:
-        base = estimate(arm.values.values())
-        if arm.arm == baseline and base is not None:
-            yield line(LEFT, y(base.mean), WIDTH - RIGHT, y(base.mean), "base")
+        if arm.arm == baseline and arm.estimate is not None:
+            yield line(LEFT, y(arm.estimate.mean), WIDTH - RIGHT, y(arm.estimate.mean), "base")
     for seed in shift if len(shift) <= MANY_SEEDS else ():
         for one, two in pairwise(arm for arm in arms if seed in arm.values):
             yield polyline([(centre[arm.arm] + shift[seed], y(arm.values[seed])) for arm in (one, two)], "pair")
@@ -84,7 +87,7 @@ def _columns(title: str, arms: Sequence[ArmValues], column: float, baseline: str
         x = centre[arm.arm]
         places = {seed: (x + shift[seed], y(value)) for seed, value in arm.values.items()}
         yield from _dots(arm, places, hollow=arm.arm == baseline)
-        found, at = estimate(arm.values.values()), x + column / 5
+        found, at = arm.estimate, x + column / 5
         if found is not None:
             yield line(at - 6, y(found.mean), at + 6, y(found.mean), "mean")
             if found.low is not None and found.high is not None:
@@ -110,7 +113,7 @@ def _rows(title: str, arms: Sequence[ArmValues], baseline: str) -> Iterator[str]
         yield text(WIDTH - RIGHT, bottom + 28, "logarithmic axis", "tick", anchor="end")
     for index, arm in enumerate(arms):
         middle = TOP + ROW * (index + 0.5)
-        found = estimate(arm.values.values())
+        found = arm.estimate
         if arm.arm == baseline:
             if found is not None:
                 yield line(x(found.mean), TOP - 2, x(found.mean), bottom, "base")

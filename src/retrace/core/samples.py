@@ -130,12 +130,12 @@ class Samples:
     def metrics(self, ablation: str) -> list[str]:
         """Names of all metrics of an ablation's runs, in the order of the alphabet."""
         arms = self.chains.get(ablation, {}).values()
-        return sorted({name for seeds in arms for chain in seeds.values() for name in chain.metrics})
+        return sorted(set().union(*(chain.metrics for seeds in arms for chain in seeds.values())))
 
     def series(self, ablation: str) -> list[str]:
         """Names of all training curves of an ablation's runs; losses first."""
         arms = self.chains.get(ablation, {}).values()
-        names = {name for seeds in arms for chain in seeds.values() for name in chain.series}
+        names = set().union(*(chain.series for seeds in arms for chain in seeds.values()))
         return sorted(names, key=lambda name: ("loss" not in name, name))
 
     def _all(self) -> Iterable[Chain]:

@@ -184,10 +184,11 @@ class Store:
     def has_records(self, paper: str) -> bool:
         return bool(self._record_paths(paper))
 
-    def _record_paths(self, paper: str) -> list[Path]:
+    def _record_paths(self, paper: str) -> list[str]:
+        """As text: of thousands, making a Path of each takes as long as reading it."""
         folder = self.results / paper / "records"
         names = os.listdir(folder) if folder.is_dir() else []
-        return [folder / name for name in sorted(names) if name.endswith(".json")]
+        return [f"{folder}/{name}" for name in sorted(names) if name.endswith(".json")]
 
     def keep_record(self, spec: RunSpec) -> None:
         """See that a finished run's record stands in results/, with the labels of this plan beside those it has.

@@ -106,7 +106,7 @@ def tick_places(marks: Sequence[float]) -> int:
 
 def decimals(values: Iterable[float]) -> int:
     """Decimal places with which the largest of `values` shows three significant digits."""
-    largest = max((abs(value) for value in values), default=0.0)
+    largest = max(map(abs, values), default=0.0)
     return 3 if largest == 0 else min(8, max(0, 2 - math.floor(math.log10(largest))))
 
 

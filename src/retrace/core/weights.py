@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 
 from retrace.core.files import read_json
@@ -30,6 +29,8 @@ def load_pretrained(kind: Any, name: str | Path, *, revision: str = "main", **op
 
 def note_commit(notes: dict[str, Any], name: str, *, revision: str) -> None:
     """Put into a run's notes which commit of the hub was loaded, since a branch moves; nothing for a folder."""
+    from huggingface_hub import try_to_load_from_cache  # 0.15 s, and every command imports this file
+
     found = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json", revision=revision)
     if isinstance(found, str):
         notes.setdefault("hub_commits", {})[name] = Path(found).parent.name
