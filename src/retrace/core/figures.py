@@ -124,9 +124,10 @@ def curve_figure(name: str, title: str, arms: Mapping[str, Sequence[Curve]]) -> 
     Of more than `MANY_SEEDS` seeds, the median at each step, in a band from the lowest to the highest.
     """
     points = [point for curves in arms.values() for curve in curves for point in curve]
-    first, last = min((step for step, _ in points), default=0), max((step for step, _ in points), default=1)
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    first, last = min(steps, default=0), max(steps, default=1)
     x = axis(first, max(last, first + 1), LEFT, WIDTH - RIGHT)
-    y = Scale(*value_range(value for _, value in points), start=HEIGHT - BOTTOM, end=TOP)
+    y = Scale(*value_range(values), start=HEIGHT - BOTTOM, end=TOP)
 
     def draw() -> Iterator[str]:
         yield from frame(title, y)

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from retrace.core.reportruns import Run
 from retrace.core.svg import STYLE
 from retrace.core.units import duration, si
 from retrace.core.verdictfigures import numbers
@@ -40,6 +41,8 @@ def environment() -> Any:
         "word": _word,
         "cells": _cells,
         "md_cells": _markdown_cells,
+        "ledger_row": _ledger_row,
+        "md_ledger_row": _markdown_ledger_row,
         "plain": _plain,
         "hours": _hours,
         "numbers": numbers,
@@ -72,6 +75,25 @@ def _cells(cells: Iterable[tuple[str, str | None]]) -> Any:
 def _markdown_cells(cells: Iterable[tuple[str, str | None]]) -> str:
     """The same in a Markdown table."""
     return "".join(f" [{text}][{run}] |" if run else f" {text} |" for text, run in cells)
+
+
+def _ledger_row(run: Run) -> Any:
+    """A run in the table of every run; like the cells, of thousands of rows a template would take its time for each."""
+    from markupsafe import Markup
+
+    links = "".join(f' <a href="{escape(link.href)}">{escape(_plain(link.name))}</a>' for link in run.pages)
+    return Markup(
+        f'<tr id="{run.anchor}"><th scope="row"><a href="records/{run.id}.json">{run.id}</a>{links}</th>'
+        f"<td><code>{escape(run.command)}</code></td><td>{run.users}</td><td>{run.status}</td>"
+        f"<td>{duration(run.seconds)}</td></tr>"
+    )
+
+
+def _markdown_ledger_row(run: Run) -> str:
+    """The same in Markdown."""
+    links = "".join(f", [{markdown(_plain(link.name))}]({link.href})" for link in run.pages)
+    cells = (f"[{run.id}](records/{run.id}.json){links}", _code(run.command), run.users, run.status)
+    return f"| {' | '.join(map(str, cells))} | {duration(run.seconds)} |"
 
 
 def _arrow(content: str) -> str:

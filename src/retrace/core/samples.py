@@ -55,9 +55,8 @@ class Chain:
     last: Collection[str]
     awaited: Collection[str] = ()
 
-    @cached_property
     def metrics(self) -> dict[str, Sample]:
-        """Every metric of the chain."""
+        """Every metric of the chain; `Samples` keeps them by arm."""
         done = [record for record in self.records if record.status != "DIVERGED"]
         last = [record for record in done if record.id in self.last]
         owners = self.owners
@@ -108,12 +107,15 @@ class Samples:
 
     def values(self, ablation: str, arm: str, metric: str) -> dict[int, Sample]:
         """The samples of a metric by seed; seeds without a value are left out."""
+        return dict(self._by_metric(ablation, arm).get(metric, {}))
+
+    def _by_metric(self, ablation: str, arm: str) -> dict[str, dict[int, Sample]]:
         if (ablation, arm) not in self._values:
             by_metric = self._values[ablation, arm] = {}
             for seed, chain in self.chains.get(ablation, {}).get(arm, {}).items():
-                for name, sample in chain.metrics.items():
+                for name, sample in chain.metrics().items():
                     by_metric.setdefault(name, {})[seed] = sample
-        return dict(self._values[ablation, arm].get(metric, {}))
+        return self._values[ablation, arm]
 
     def trouble(self, ablation: str, arm: str) -> dict[int, str]:
         """Seeds of an arm that 'diverged' or 'failed'. A failed run leaves no record; the plan knows of it."""
@@ -129,8 +131,7 @@ class Samples:
 
     def metrics(self, ablation: str) -> list[str]:
         """Names of all metrics of an ablation's runs, in the order of the alphabet."""
-        arms = self.chains.get(ablation, {}).values()
-        return sorted(set().union(*(chain.metrics for seeds in arms for chain in seeds.values())))
+        return sorted(set().union(*(self._by_metric(ablation, arm) for arm in self.chains.get(ablation, {}))))
 
     def series(self, ablation: str) -> list[str]:
         """Names of all training curves of an ablation's runs; losses first."""

@@ -63,7 +63,7 @@ def estimate(values: Iterable[float]) -> Estimate | None:
         return Estimate(mean, 1, None, None, None)
     if max(samples) - min(samples) <= _ROUNDING * max(map(abs, samples)):
         return Estimate(mean, n, 0.0, mean, mean)
-    sd = math.sqrt(math.fsum([(value - mean) ** 2 for value in samples]) / (n - 1))
+    sd = math.dist(samples, [mean] * n) / math.sqrt(n - 1)
     half = t_quantile(n - 1) * sd / math.sqrt(n)
     return Estimate(mean, n, sd, mean - half, mean + half)
 
