@@ -162,7 +162,7 @@ def test_a_worker_that_is_killed_leaves_the_reason_on_disk_and_the_next_try_forg
     spec = plan(["quietstar/main"], [*SMALL, "base.optim.steps=2000"])[0]
     run = Store(home).run(spec.id)
     run.freeze(spec, command="test")
-    process, outcomes = Worker(threads=1), []
+    process, outcomes = Worker(), []
     for end in (psutil.Process.kill, psutil.Process.terminate):
         thread = threading.Thread(target=lambda: outcomes.append(process.run(spec, run.path)))
         thread.start()
@@ -182,7 +182,7 @@ def test_a_worker_that_is_asked_to_stop_before_it_can_listen_has_not_failed(home
     spec = plan(["quietstar/main"], SMALL)[0]
     run = Store(home).run(spec.id)
     run.freeze(spec, command="test")
-    process, outcomes = Worker(threads=1), []
+    process, outcomes = Worker(), []
     thread = threading.Thread(target=lambda: outcomes.append(process.run(spec, run.path)[0]))
     thread.start()
     while process._process is None:
@@ -205,7 +205,7 @@ def test_a_worker_whose_run_failed_on_a_gpu_is_ended_and_one_on_a_cpu_stays_warm
         run.freeze(spec, command="test")
         if hardware == "cpu":
             (run.path / "model").write_text("in the way")
-        process = Worker(threads=1)
+        process = Worker()
         assert process.run(spec, run.path)[0] == "FAILED"
         assert process._process is not None
         assert process._process.poll() == code
@@ -247,3 +247,16 @@ def test_a_base_of_other_sizes_is_refused_by_name(home: Path, retrace: Run) -> N
     assert done.returncode == 1
     assert "model.hidden_size=32" in done.stdout
     assert "is another model, with 16" in done.stdout
+
+
+def test_ranks_and_modules_of_the_launchers_surroundings_are_not_those_of_its_workers(
+    home: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizers.py").write_text("raise RuntimeError('a file of the user, and not the library')\n")
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "retrace.cli", "run", "quietstar/main", *SMALL], cwd=tmp_path,
+        env={**os.environ, **ranks, "RETRACE_HOME": str(home)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((home / "results" / "quietstar" / "records").glob("*.json"))) == 3

@@ -181,7 +181,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(home: Path, monke
         next(s for s in plan(["quietstar/main"], [*SMALL, "base.optim.steps=60", *way]) if s.program == "pretrain")
         for way in (ALONE, SHARDED, FOUR)
     )
-    worker, ends, layouts = Worker(threads=1), [], []
+    worker, ends, layouts = Worker(), [], []
     for first, then in ((None, one), (one, two), (two, one), (two, four)):
         if first is not None:
             layouts.append(start(worker, home, first, stop_at=5))
@@ -243,7 +243,7 @@ def test_a_process_that_ends_takes_the_others_with_it_and_its_own_error_is_the_r
     specs = plan(["quietstar/main"], [*SMALL, "base.optim.steps=100000", *placement])
     run = Store(home).run(specs[0].id)
     run.freeze(specs[0], command="test")
-    worker, outcome = Worker(threads=1), []
+    worker, outcome = Worker(), []
     thread = threading.Thread(target=lambda: outcome.append(worker.run(specs[0], run.path)))
     thread.start()
     while run.state().step < 3 and thread.is_alive():
@@ -277,7 +277,7 @@ def test_a_run_whose_first_process_fails_has_failed_although_the_second_has_done
     run = Store(home).run(spec.id)
     (home / "results" / "quietstar").mkdir(parents=True)
     (home / "results" / "quietstar" / "records").write_text("in the way")  # only the first process writes a record
-    status, reason = Worker(threads=1).run(spec, run.path)
+    status, reason = Worker().run(spec, run.path)
     assert status == "FAILED"
     assert "records" in reason
     assert (run.state().status, run.state().reason) == (status, reason)
@@ -289,7 +289,7 @@ def test_a_run_that_somebody_else_ends_while_its_processes_start_is_left_alone_a
     monkeypatch.setenv("RETRACE_HOME", str(home))
     spec = pretraining(home)
     run = Store(home).run(spec.id)
-    worker, outcome = Worker(threads=1), []
+    worker, outcome = Worker(), []
     thread = threading.Thread(target=lambda: outcome.append(worker.run(spec, run.path)))
     thread.start()
     while len(processes := ranks_below(psutil.Process())) < 2:
@@ -305,7 +305,7 @@ def test_a_run_that_somebody_holds_is_not_even_started(home: Path) -> None:
     spec = pretraining(home)
     run, began = Store(home).run(spec.id), time.monotonic()
     with run.lease():
-        assert Worker(threads=1).run(spec, run.path)[0] == "BUSY"
+        assert Worker().run(spec, run.path)[0] == "BUSY"
     assert time.monotonic() - began < 5
 
 

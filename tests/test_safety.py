@@ -242,6 +242,17 @@ def test_a_secret_in_a_config_is_refused_and_not_repeated(home: Path, retrace: R
     assert not home.exists()
 
 
+def test_a_key_in_the_netrc_file_is_a_secret_as_well(home: Path, retrace: Run, tmp_path: Path) -> None:
+    key = SECRETS["WANDB_API_KEY"]
+    (tmp_path / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {key}\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    done = retrace("run", "quietstar/main", *TINY, f"tracking.entity={key}", HOME=str(tmp_path))
+    assert done.returncode == 2
+    assert "holds the value of ~/.netrc for api.wandb.ai" in done.stderr
+    assert key not in done.stderr + done.stdout
+    assert not home.exists()
+
+
 def slurm_jobs(**given: Any) -> SlurmJobs:
     settings = {
         "partition": None, "account": None, "qos": None, "minutes": 60, "nodes": 1, "memory_gb": None,

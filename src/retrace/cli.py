@@ -173,7 +173,8 @@ def cancel(
 
     store = Store()
     chosen = named_runs(words, store=store)
-    told = squeue.cancel([store.run(run_id) for run_id in chosen if not store.run(run_id).state().finished])
+    unfinished = [store.run(run_id) for run_id in chosen if not store.run(run_id).state().finished]
+    told = squeue.cancel(unfinished, store=store)
     for run_id, what in told.items():
         say(console, f"{run_id}  {chosen[run_id]}  {what}")
     cancelled = sum(" cancelled, " in what for what in told.values())
@@ -207,7 +208,13 @@ def report(
     asked = slugs or [slug for slug in papers() if store.has_records(slug)]
     shown = [slug for slug in papers() if slug in asked or (store.results / slug).is_dir()]
     known = {slug: load_results(slug, store=store, scale=scale if slug in asked else None) for slug in shown}
-    for slug in asked:
+    without = [slug for slug in asked if known[slug].records and scale not in known[slug].recorded_scales]
+    if slugs and without:  # its report is of another scale, and stays
+        there = ", ".join(known[without[0]].recorded_scales)
+        raise ValueError(f"--scale {scale}: {without[0]} has no records of that scale; there are records of: {there}")
+    for slug in without:
+        say(console, f"{slug}: no records at scale {scale}, so its report stays as it is")
+    for slug in [slug for slug in asked if slug not in without]:
         results, out = known[slug], store.results / slug
         store.remove_orphaned_pages(slug)
         outlook = outlooks(slug, results.claims, scales=scales_of(slug), records=results.records)

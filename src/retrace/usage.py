@@ -55,7 +55,7 @@ _EXAMPLES = {
         """,
     "report": """
         retrace report                                  # all papers with records
-        retrace report quietstar --scale gpu
+        retrace report quietstar --scale laptop
         """,
     "publish": """
         retrace publish quietstar                       # runs, workspace, report
@@ -72,6 +72,7 @@ _EXAMPLES = {
 _EXIT_CODES = {
     "": "0 all is well; 1 runs failed, or something is missing; 2 wrong input, and nothing was started; 130 Ctrl-C",
     "run": "0 finished or submitted; 1 some failed or were stopped; 2 wrong input, and nothing was started; 130 Ctrl-C",
+    "publish": "0; 2 wrong input, or not all of it arrived",
     "cancel": "0; 2 wrong input, or no Slurm here",
     "report": "0 whatever the verdicts; 2 wrong input, or a record that can't be read",
     "doctor": "0 all that is needed is there; 1 something is missing",
@@ -82,7 +83,7 @@ class Output(Console):
     """Standard output. A pipe has no width of its own; a reader that goes away, such as `head`, ends the command."""
 
     def __init__(self) -> None:
-        super().__init__(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+        super().__init__(width=None if sys.stdout is not None and sys.stdout.isatty() else PIPE_WIDTH)
 
     def on_broken_pipe(self) -> None:
         """Quietly, with the exit code that a shell gives for it."""
@@ -132,7 +133,8 @@ def explain_usage(error: Exception) -> str:
     """What was wrong and where to read how it is done; a key written as an option is told how to write it."""
     message = getattr(error, "format_message")().rstrip(".")  # noqa: B009  # of a class that only typer knows
     context = getattr(error, "ctx", None)
-    command = context.command_path if context else "retrace"
+    called = next((word for word in sys.argv[1:2] if not word.startswith("-")), "")  # not every error knows its command
+    command = context.command_path if context else f"retrace {called}".rstrip()
     key = re.search(r"No such option:? '?--?([a-z_.]+)", message)
     hint = f"a key of the config is written {key[1]}=VALUE, without dashes; " if key and command != "retrace" else ""
     end = "" if message.endswith("?") else ";"

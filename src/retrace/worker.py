@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from retrace.core import provenance
 from retrace.core.config import HOME
@@ -30,7 +30,7 @@ from retrace.core.lease import Busy
 from retrace.core.memory import out_of_memory
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
-from retrace.core.record import Record, RunCost
+from retrace.core.record import Finished, Record, RunCost
 from retrace.core.safety import RedactingFormatter, deny_others, redact, redact_tracebacks
 from retrace.core.store import RunDir, Store
 
@@ -100,7 +100,7 @@ def _program(run: RunDir, spec: RunSpec, command: str, *, store: Store, stop: th
         is_main=main,
     )
     log.info("%s: start (%s)", spec.id, ", ".join(spec.labels))
-    status: Literal["DONE", "DIVERGED"] | None = None
+    status: Finished | None = None
     metrics: dict[str, float] = {}
     reason = ""
     try:
@@ -146,18 +146,11 @@ def _record(
     ctx: Context,
     *,
     command: str,
-    status: Literal["DONE", "DIVERGED"],
+    status: Finished,
     metrics: Mapping[str, float],
 ) -> Record:
-    hardware = spec.hardware
-    where = provenance.describe(
-        paper=spec.paper,
-        device=_device_name(hardware.device),
-        processes=hardware.processes,
-        threads=hardware.threads,
-        hardware_config=hardware.name,
-        command=command,
-    )
+    device = _device_name(spec.hardware.device)
+    where = provenance.describe(spec.paper, spec.hardware, device=device, command=command)
     return Record(
         schema=1,
         id=run.id,

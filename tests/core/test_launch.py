@@ -48,7 +48,7 @@ def test_a_failed_parent_holds_up_everything_that_builds_on_it() -> None:
 def test_the_last_words_of_a_process_are_read_to_the_end_before_they_are_told() -> None:
     lines = "import sys; [print(f'line {i}', file=sys.stderr) for i in range(2_000)]"
     for _ in range(3):
-        worker = Worker(threads=1)
+        worker = Worker()
         process = worker._open([sys.executable, "-c", f"{lines}; sys.exit('the reason')"], os.environ)
         assert worker._died(process, run("one")) == ("FAILED", "its worker died (exit code 1): the reason")
 

@@ -19,11 +19,7 @@ from rich.console import Console
 from wandb_server import KEY, Kept, wandb_server
 
 from retrace.core import boards
-from retrace.core.claims import load_words
-from retrace.core.config import CONFIGS
 from retrace.core.mirrors import Card
-from retrace.core.paper import load_paper
-from retrace.core.plan import load_ablations
 from retrace.core.publish import chosen, printed, publish, rebuild
 from retrace.core.record import Record
 from retrace.core.results import load_results
@@ -181,13 +177,10 @@ def passes(card: Card, filters: list[dict[str, Any]]) -> bool:
 
 
 def test_every_panel_of_the_report_finds_runs_with_its_metric_and_their_arms(store: Store) -> None:
-    verdicts = load_results("quietstar", store=store).verdicts
-    board = boards.build_board(
-        load_paper("quietstar"), entity="me", project="p", ablations=list(load_ablations("quietstar").values()),
-        records=store.records("quietstar"), verdicts=verdicts, words=load_words(CONFIGS / "quietstar" / "metrics.yaml"),
-    )  # fmt: skip
+    results = load_results("quietstar", store=store)
+    board = boards.build_board(results, entity="me", project="p")
     runs = [rebuild(record, store.run(record.id)) for record in store.records("quietstar")]
-    runs += [printed("quietstar", level) for level in boards.printed_levels(verdicts["laptop"])]
+    runs += [printed("quietstar", level) for level in boards.printed_levels(results.verdicts["laptop"])]
     spec = json.loads(board.report._to_model().model_dump_json(by_alias=True, exclude_none=True))["spec"]
     grids = [block["metadata"] for block in spec["blocks"] if block["type"] == "panel-grid"]
     seen: dict[str, set[str]] = {}

@@ -199,15 +199,20 @@ def test_a_number_is_two_steps_from_its_record(browser: Browser, pages: dict[str
     assert "retrace run demo/size/small scale=laptop seed=0" in line
 
 
-def test_on_paper_there_is_ink_on_white_no_menu_and_nothing_cut_off(
-    browser: Browser, pages: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("name", NAMES)
+def test_on_paper_nothing_is_cut_off_and_nothing_lies_on_something_else(
+    browser: Browser, pages: dict[str, Path], name: str
 ) -> None:
-    browser.open(pages["made report"], width=718, dark=True, paper=True)  # A4 less its margins
+    browser.open(pages[name], width=718, paper=True)  # A4 less its margins
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 718
+    assert browser.evaluate(OVERLAPPING) == []
+
+
+def test_on_paper_there_is_ink_on_white_and_no_menu(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
+    browser.open(pages["made report"], width=718, dark=True, paper=True)
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not browser.evaluate("document.querySelector('nav').checkVisibility()")
     assert not browser.evaluate("document.querySelector('.filter').checkVisibility()")
-    assert browser.evaluate("document.documentElement.scrollWidth") <= 718
-    assert browser.evaluate(OVERLAPPING) == []
     assert browser.evaluate(PALE)[0] == []
     browser.pdf(tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")

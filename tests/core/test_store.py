@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -172,3 +173,34 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_a_run_whose_folder_was_made_anew_by_another_process_stops(run: RunDir, tmp_path: Path) -> None:
+    with run.lease():
+        run.check_lease()
+        shutil.rmtree(run.path)
+        again = Store(tmp_path).run(RUN)
+        again.freeze(spec(RUN), command="test")
+        with again.lease():
+            with pytest.raises(Busy, match="was taken over"):
+                run.progress(step=1, total=2, seconds_left=None, seconds=1.0)
+            again.progress(step=1, total=2, seconds_left=None, seconds=1.0)
+
+
+@pytest.mark.parametrize("result", ['{"status": 5, "reason": 7}', '{"status": "DONE", "reason": ["x"]}', "[1]"])
+def test_a_result_of_wrong_types_hides_no_other_run(run: RunDir, result: str) -> None:
+    (run.path / "result.json").write_text(result)
+    assert run.state().status == "FAILED"
+    assert "not a result" in run.state().reason
+
+
+def test_progress_of_wrong_types_counts_as_none(run: RunDir) -> None:
+    (run.path / "progress.json").write_text('{"step": "x", "total": null, "seconds": "z"}')
+    assert (run.spent(), run.state().step, run.state().total) == (0.0, 0, 0)
+
+
+def test_a_record_that_is_made_again_keeps_the_labels_of_the_one_that_stood_there(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write_record(record(RUN).relabelled(("size/big/s0", "other/one/s0")))
+    store.write_record(record(RUN).relabelled(("main/main/s0", "size/big/s0")))
+    assert store.records("demo")[0].labels == ("size/big/s0", "other/one/s0", "main/main/s0")

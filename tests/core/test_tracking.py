@@ -126,3 +126,23 @@ def test_the_seconds_of_a_run_are_those_of_all_processes_that_carried_it_out(hom
     assert 3600 <= second.seconds < 3660
     second.progress(2, 3, seconds_left=None)
     assert 3600 <= Tracker(run, spec).seconds < 3660
+
+
+def test_a_log_that_somebody_deletes_or_cuts_fails_the_run_and_its_record_lacks_nothing(home: Path) -> None:
+    spec = plan(["quietstar/main"], [*TINY, "seed=0"])[0]
+    run = Store(home).run(spec.id)
+    run.freeze(spec, command="test")
+    tracker = Tracker(run, spec)
+    for step in (1, 2):
+        tracker.log(step, {"loss": 1.0})
+    log = run.path / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole.splitlines(keepends=True)[1])
+    with pytest.raises(ValueError, match="metrics.jsonl: was deleted or cut while the run went on"):
+        tracker.series()
+    log.unlink()
+    with pytest.raises(ValueError, match="it goes on from its last checkpoint"):
+        tracker.log(3, {"loss": 1.0})
+    log.write_text(whole)
+    tracker.log(3, {"loss": 1.0})
+    assert tracker.series() == {"loss": ((1, 1.0), (2, 1.0), (3, 1.0))}

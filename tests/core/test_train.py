@@ -217,6 +217,9 @@ def test_sharing_needs_several_processes_and_batches_that_divide() -> None:
     expected = "base.optim.batch_size=8 does not divide into micro-batches of 8 on 2 processes"
     with pytest.raises(ValueError, match=expected):
         plan(["quietstar/main"], ["scale=smoke", "hardware.processes=2"], check=True)
+    expected = "base.optim.batch_size=8 does not divide by hardware.processes=7: change either"
+    with pytest.raises(ValueError, match=expected):
+        plan(["quietstar/main"], ["scale=smoke", "hardware.processes=7"], check=True)
 
 
 def test_weights_that_explode_in_the_last_update_are_divergence_although_no_loss_has_seen_them(tmp_path: Path) -> None:

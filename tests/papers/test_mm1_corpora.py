@@ -6,13 +6,16 @@ import io
 import itertools
 import json
 import logging
+import os
 import random
+import re
 import tarfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -20,7 +23,9 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from retrace.core.compose import compose
 from retrace.core.config import validate
+from retrace.papers.mm1.choices import Corpora
 from retrace.papers.mm1.corpora import HubDataset, ImageFolder, LocalShards, check, fingerprint
 from retrace.papers.mm1.corpus_source import CorpusSource
 from retrace.papers.mm1.documents import build_tokenizer
@@ -28,6 +33,7 @@ from retrace.papers.mm1.mixture import Mixture
 from retrace.papers.mm1.packing import Draft, Picture, Window
 from retrace.papers.mm1.photos import load_image
 from retrace.papers.mm1.rows import Piece
+from retrace.papers.mm1.sources import train_tokenizer
 from retrace.papers.mm1.stream import Stream
 from retrace.papers.mm1.world import DIGITS, IMAGE, PAD, vocabulary
 
@@ -84,7 +90,7 @@ def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def source(config: Corpus, seed: int = 0) -> CorpusSource:
-    return CorpusSource(config, TOKENIZER, image_id=vocabulary()[IMAGE], seed=seed)
+    return CorpusSource(config, TOKENIZER, seed=seed)
 
 
 def folder(**options: Any) -> ImageFolder:
@@ -193,11 +199,21 @@ def test_interleaved_documents_keep_their_order_and_find_their_images(root: Path
         next(source(config.model_copy(update={"pattern": "docs/b.jsonl"})).drafts())
 
 
+def test_what_a_text_says_of_special_tokens_is_none(root: Path) -> None:
+    write_jsonl(root / "a.jsonl", [{"text": "<bos> 1 <image> 2 <eos> <pad> 3 unheard"}, {"text": "<eos>"}])
+    own = source(shards("a.jsonl", document="text"))
+    drafts = [draft for _, draft in itertools.islice(own.drafts(), 2)]
+    assert [said(draft) for draft in drafts] == ["1 2 3 <unk>"] * 2
+    assert own.notes()["without_text"] == 1
+
+
 def test_only_the_answers_of_instructions_are_learned(root: Path) -> None:
     write_folder(root / "docs", range(2))
     write_jsonl(root / "docs" / "a.jsonl", [{"image": "001.jpg", "question": "what color ?", "text": "red"}])
     _, draft = next(source(shards("docs/a.jsonl", document="instruction")).drafts())
     assert [part.learned for part in draft.parts if isinstance(part, Piece)] == [False, False, True, True]
+    write_jsonl(root / "docs" / "a.jsonl", [{"image": "001.jpg", "question": None, "text": "red"}])
+    assert said(next(source(shards("docs/a.jsonl", document="instruction")).drafts())[1]) == "red"  # not "None red"
 
 
 def test_a_broken_image_leaves_out_its_document_and_is_counted_once_warned(
@@ -300,6 +316,59 @@ def test_lines_are_counted_without_the_blank_ones(root: Path) -> None:
         assert said(next(own.drafts(mark))[1]) == said(items[place][1])
 
 
+def test_lines_end_early_where_the_last_is_torn_within_a_character_and_may_begin_with_a_mark(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = b'\xef\xbb\xbf{"text": "1"}\r\n' + '{"text": "2 \u00e9'.encode()
+    (root / "a.jsonl").write_bytes(whole[:-1])
+    own = source(shards("a.jsonl", document="text"))
+    assert [said(draft) for _, draft in itertools.islice(own.drafts(), 2)] == ["1", "1"]
+    assert "a.jsonl: ends early, behind 1 rows (line 2 is torn)" in caplog.text
+    for end in (b"\n", b""):
+        (root / "a.jsonl").write_bytes('{"text": "1"}\n{"text": "caf\u00e9"}'.encode("latin-1") + end)
+        with pytest.raises(ValueError, match=r"a.jsonl: line 2 is no text in UTF-8 \(.*\): save it as that"):
+            list(itertools.islice(source(shards("a.jsonl", document="text")).drafts(), 2))
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet", "jsonl"])
+def test_a_path_with_brackets_is_read(root: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = root / "data [2025] *"
+    own.mkdir()
+    monkeypatch.setenv("RETRACE_DATA", str(own))
+    config = make(own, kind)
+    check(config)
+    assert sorted(numbers(config, 12)) == list(range(12))
+
+
+def texts(root: Path, content: str, vocab_size: int) -> Corpora:
+    (root / "texts.jsonl").write_text(content)
+    sources: dict[Any, Any] = {"text": shards("texts.jsonl", document="text")}
+    return Corpora(
+        kind="corpora", vocab_size=vocab_size, num_bpe_documents=4, sources=sources, instruction=None, tasks={}
+    )
+
+
+def test_the_tokenizer_is_trained_on_the_rows_that_training_reads(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = ['{"text": "a red ball"}', '{"text": "a red bench"}']
+    bad = ['{"text": null}', '{"other": "None None None"}', '{"text": "  "}', '{"text": ["None"]}']
+    wanted = train_tokenizer(texts(root, "\n".join(good) + "\n", 266)).get_vocab()
+    assert not caplog.text
+    found = train_tokenizer(texts(root, "\n".join([*bad, *good, '{"text": "a red b']), 266)).get_vocab()
+    assert found == wanted
+    assert "texts.jsonl: row 0 has no text: left out" in caplog.text
+    assert "4 rows have no text" in caplog.text
+    assert "texts.jsonl: ends early, behind 6 rows (line 7 is torn): the run goes on without the rest" in caplog.text
+
+
+def test_a_vocabulary_that_is_too_large_for_the_text_is_refused_by_keys_that_exist(root: Path) -> None:
+    data = texts(root, '{"text": "a red ball"}\n', 1000)
+    with pytest.raises(ValueError, match=r"=1000: the base text gives only \d+ tokens; ask for fewer") as refused:
+        train_tokenizer(data)
+    photos, other = re.findall(r"\w+\.vocab_size", str(refused.value))
+    assert compose("mm1", ["data=${photos}", f"{photos}=300"])["data"]["vocab_size"] == 300
+    assert compose("mm1", ["scale=gpu", f"{other}=300"])["data"]["vocab_size"] == 300
+
+
 def test_a_tar_whose_samples_lack_files_at_its_beginning_is_refused_by_name(root: Path) -> None:
     write_tar(root / "tars" / "0.tar", range(1))
     with tarfile.open(root / "tars" / "0.tar", "a") as tar:
@@ -363,6 +432,43 @@ def test_an_image_stands_upright_in_rgb_and_is_averaged_when_it_shrinks() -> Non
     stripes = io.BytesIO()
     Image.fromarray((torch.arange(64 * 64).view(64, 64) % 2 * 255).byte().numpy()).save(stripes, "PNG")
     assert load_image(stripes.getvalue(), image_size=8) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(("value", "seen"), [(0, 0.0), (3000, 0.0458), (32768, 0.5), (65535, 1.0)])
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_gray_of_16_bits_keeps_its_values(value: int, seen: float, format: str) -> None:
+    data = io.BytesIO()
+    Image.fromarray(np.full((9, 12), value, dtype=np.uint16)).save(data, format)
+    image = load_image(data.getvalue(), image_size=4)
+    assert image.shape == (3, 4, 4)
+    assert image.numpy() == pytest.approx(seen, abs=1e-4)
+    wide = io.BytesIO()
+    Image.fromarray(np.full((9, 12), value, dtype=np.int32)).save(wide, "TIFF")
+    assert torch.equal(load_image(wide.getvalue(), image_size=4), image)
+
+
+@pytest.mark.parametrize("pixels", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 1 << 20, np.int32)])
+def test_pixels_of_which_white_is_not_known_can_not_be_read(root: Path, pixels: Any) -> None:
+    Image.fromarray(pixels).save(root / "a.tiff")
+    write_jsonl(root / "a.jsonl", [{"image": "a.tiff", "text": "1"}])
+    own = source(shards("a.jsonl", max_bad_share=0.5))
+    assert own.load([Picture((str(root / "a.tiff"), ""))], image_size=4) == [None]
+    assert own.notes()["unreadable"] == 1
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "long.txt", "movie.bin"])
+def test_the_fingerprint_follows_what_stands_behind_the_beginning_of_a_file(root: Path, name: str) -> None:
+    write_folder(root / "photos", range(2))
+    place = -3 if name == "movie.bin" else 200_000
+    content = bytearray(b"x" * 400_000)
+    found = set()
+    for last in b"abc":
+        content[place] = last
+        (root / "photos" / name).write_bytes(content)
+        if last != ord("c"):  # changed long ago, and just now
+            os.utime(root / "photos" / name, (last, last))
+        found.add(fingerprint(folder()))
+    assert len(found) == 3
 
 
 def test_the_fingerprint_follows_the_files(root: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from retrace.papers.mm1.choices import TextTower
+from retrace.papers.mm1.choices import PretrainedEncoder, TextTower
 from retrace.papers.mm1.contrastive import ContrastiveModel, contrastive_loss, same_captions
 from retrace.papers.mm1.encoder import PIXELS, build_encoder, load_encoder, resized
 from retrace.papers.mm1.reconstruction import ReconstructiveModel, normalised_patches, prefix_mask, sample_prefixes
@@ -100,6 +100,19 @@ def test_a_whole_clip_gives_its_image_tower_and_the_pixels_of_its_processor(tmp_
     pixels = (images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
     expected = whole.vision_model(pixels).last_hidden_state[:, 1:]
     torch.testing.assert_close(load_encoder(str(tmp_path))(images), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sizes_that_a_config_tells_are_compared_in_every_family(family: str, tmp_path: Path) -> None:
+    saved(family, tmp_path)
+    real = load_encoder(str(tmp_path)).trunk.config
+    mlp = 30 if family == "aimv2_vision_model" else 20  # three matrices of 20 are as much as two of 30
+    told = {"patch_size": 4, "hidden_size": 16, "num_layers": 3, "num_heads": 2, "intermediate_size": mlp}
+    encoder = PretrainedEncoder(kind="pretrained", name="it", revision="main", **told)
+    encoder.check_sizes(real)
+    for size in told.keys() - {"num_heads"}:  # of which no cost depends
+        with pytest.raises(ValueError, match=rf"encoder\.{size}=64: it has {told[size]}: correct the sizes beside its"):
+            encoder.model_copy(update={size: 64}).check_sizes(real)
 
 
 def test_sizes_and_models_that_cannot_be_are_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from retrace.core.tasks import list_tasks, validate_tasks
 from retrace.papers.mm1.captions import cider, normalize, tokenize, vqa_accuracy
 from retrace.papers.mm1.choices import ImageTask
 from retrace.papers.mm1.config import Evaluation
-from retrace.papers.mm1.corpora import LocalShards
+from retrace.papers.mm1.corpora import LocalShards, check
 from retrace.papers.mm1.documents import build_tokenizer
 from retrace.papers.mm1.evaluation import image_task
 from retrace.papers.mm1.fewshot import (
@@ -51,6 +51,7 @@ TOKENIZER = build_tokenizer()
 WORLD = WorldConfig(kind="procedural", world_seed=0, held_out_shapes=2, noisy_share=0.3, min_images=3, max_images=6)
 TASKS = CONFIGS / "mm1" / "tasks"
 Prompt = Sequence[Piece]
+ANY: dict[str, Any] = {"readable": lambda item: item is not None}
 
 
 class Toy:
@@ -231,7 +232,8 @@ def test_answers_end_at_the_published_stops(form: Form, said: str, kept: str) ->
 def test_demonstrations_come_from_the_training_split_and_grow_with_the_shots() -> None:
     train = [Item(None, (f"a{i}",)) for i in range(20)]
     test = [Item(None, (f"b{i}",)) for i in range(10)]
-    none, four, eight = (list(with_demonstrations(train, test, shots=shots, most=8, seed=1)) for shots in (0, 4, 8))
+    asked = [with_demonstrations(train, test, shots=shots, most=8, seed=1, **ANY) for shots in (0, 4, 8)]
+    none, four, eight = map(list, asked)
     for few, many in zip(four, eight, strict=True):
         assert many.demonstrations[:4] == few.demonstrations
         assert len(set(many.demonstrations)) == 8
@@ -239,9 +241,32 @@ def test_demonstrations_come_from_the_training_split_and_grow_with_the_shots() -
     assert len({episode.demonstrations for episode in four}) == 10
     assert [episode.query for episode in four] == test
     assert [(episode.demonstrations, episode.query) for episode in none] == [((), item) for item in test]
-    assert list(with_demonstrations(train, test, shots=4, most=8, seed=2)) != four
+    assert list(with_demonstrations(train, test, shots=4, most=8, seed=2, **ANY)) != four
     with pytest.raises(ValueError, match="21 shots are asked for, and the training split has 20 items"):
-        next(with_demonstrations(train, test, shots=21, most=21, seed=1))
+        next(with_demonstrations(train, test, shots=21, most=21, seed=1, **ANY))
+
+
+def test_an_unreadable_demonstration_gives_its_place_to_another_and_moves_no_other() -> None:
+    train = [Item(None, (f"a{i}",)) for i in range(12)]
+    test = [Item(None, (f"b{i}",)) for i in range(30)]
+    tried: list[Item] = []
+
+    def readable(item: Item) -> bool:
+        tried.append(item)
+        return item not in train[:3]
+
+    def asked(shots: int, **how: Any) -> list[tuple[Item, ...]]:
+        return [e.demonstrations for e in with_demonstrations(train, test, shots=shots, most=8, seed=1, **how)]
+
+    four, eight, whole = asked(4, readable=readable), asked(8, readable=readable), asked(8, **ANY)
+    assert len(tried) <= 2 * len(train)
+    assert four == [shown[:4] for shown in eight]
+    for shown, before in zip(eight, whole, strict=True):
+        assert len(set(shown)) == 8
+        assert not set(shown) & set(train[:3])
+        assert all(own == other for own, other in zip(shown, before, strict=True) if other not in train[:3])
+    with pytest.raises(ValueError, match="8 shots are asked for, and fewer of the training split's 12 items can be re"):
+        asked(8, readable=lambda item: item in train[:7])
 
 
 def test_demonstrations_of_a_large_split_are_drawn_without_shuffling_it() -> None:
@@ -252,7 +277,7 @@ def test_demonstrations_of_a_large_split_are_drawn_without_shuffling_it() -> Non
         def __getitem__(self, index: Any) -> Any:
             return Item(None, (str(index),))
 
-    episodes = with_demonstrations(Large(), (Item(None, ("b",)) for _ in range(50)), shots=4, most=8, seed=1)
+    episodes = with_demonstrations(Large(), (Item(None, ("b",)) for _ in range(50)), shots=4, most=8, seed=1, **ANY)
     assert len({episode.demonstrations for episode in episodes}) == 50
 
 
@@ -305,6 +330,83 @@ def test_questions_on_files_are_asked_with_their_photos_and_broken_photos_skip(
         ImageTask(form="caption", train=config, test=config, limit=None)
 
 
+class Silent(Toy):
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int, stop: Collection[int]) -> list[list[int]]:
+        self.prompts += [[TOKENIZER.decode(p.token_ids) for p in prompt if p.image is None] for prompt in prompts]
+        return [[] for _ in prompts] if max_new_tokens and stop else []
+
+
+def questions(root: Path, rows: list[dict[str, Any]], name: str = "a.jsonl") -> LocalShards:
+    """Questions on photos 0.png, 1.png, ..., of which the first can't be read."""
+    for i, row in enumerate(rows):
+        Image.new("RGB", (9, 9), (40 * i, 0, 0)).save(root / f"{i}.png")
+        row |= {"image": f"{i}.png"}
+    (root / "0.png").write_text("no image")
+    (root / name).write_text("".join(json.dumps({"question": "what color ?", **row}) + "\n" for row in rows))
+    return LocalShards(kind="shards", pattern=name, document="instruction", max_bad_share=0.5)
+
+
+def asked_of(config: LocalShards, shots: tuple[int, ...]) -> Task:
+    settings = ImageTask(form="vqa", train=config, test=config, limit=None)
+    asked = Evaluation(shots=shots, num_episodes=2, batch_size=3, text_tasks=(), seed=0, precision="fp32")
+    return image_task("colors", settings, asked, TOKENIZER, image_size=4)
+
+
+def test_every_number_of_shots_asks_the_same_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETRACE_DATA", str(tmp_path))
+    task = asked_of(questions(tmp_path, [{"text": f"red {i}"} for i in range(9)]), (0, 2, 4))
+    found = [run(task, Silent(), shots) for shots in task.shots]
+    assert [[item["wanted"] for item in scores.items] for scores in found] == [[f"red {i}" for i in range(1, 9)]] * 3
+    assert {scores.num_skipped for scores in found} == {1}
+    assert [scores.num_asked for scores in found] == [8, 8, 8]
+    one = len(
+        TOKENIZER.encode(VQA.text(Item(None, ("red",), "what color ?"), answered=False), add_special_tokens=False)
+    )
+    assert found[0].num_text == 8 * (1 + one)  # behind the beginning of the document
+
+
+def test_an_item_without_text_is_not_asked_and_blank_answers_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETRACE_DATA", str(tmp_path))
+    texts = ["black", None, "  ", [], [None, " "], [None, "", "red", "blue"], "red"]
+    config = questions(tmp_path, [*({"text": text} for text in texts), {"text": "red", "question": None}])
+    assert [item.answers for item in read_items(config)] == [
+        ("black",), (), (), (), (), ("red", "blue"), ("red",), ()
+    ]  # fmt: skip
+    task, toy = asked_of(config, (0, 2)), Silent()
+    for shots in task.shots:
+        found = run(task, toy, shots)
+        assert [item["wanted"] for item in found.items] == ["red", "red"]
+        assert (found.num_without_text, found.num_skipped, found.num_asked) == (5, 1, 2)
+    assert not any("None" in str(part) for prompt in toy.prompts for part in prompt)
+    with pytest.raises(ValueError, match="colors: no episode of 0 shots .* 1 have unreadable pictures, and 0 no text"):
+        run(asked_of(questions(tmp_path, [{"text": "red"}]), (0,)), toy, 0)
+
+
+@pytest.mark.parametrize("text", [[{"answer": "red"}], {"answer": "red"}, 3])
+def test_an_answer_that_is_no_text_is_refused_by_its_row_and_before_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Any
+) -> None:
+    monkeypatch.setenv("RETRACE_DATA", str(tmp_path))
+    config = questions(tmp_path, [{"text": "red"}, {"text": text}])
+    with pytest.raises(ValueError, match=r"a.jsonl: row 1: text=.*3?.*: expected a text or a list of texts: rewrite"):
+        list(read_items(config))
+    with pytest.raises(ValueError, match="expected a text or a list of texts"):
+        check(questions(tmp_path, [{"text": text}]))
+
+
+def test_what_a_question_says_of_special_tokens_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETRACE_DATA", str(tmp_path))
+    said = "what <image> color <eos> <pad> <bos> ?"
+    task = asked_of(questions(tmp_path, [{"text": "red", "question": said} for _ in range(2)]), (0,))
+    toy = Silent()
+    run(task, toy, 0)
+    assert toy.prompts[0][0] == "<bos>"
+    assert "what color ?" in str(toy.prompts[0][1])
+    assert not any(token in str(toy.prompts[0][1]) for token in ("<image>", "<eos>", "<pad>", "<bos>"))
+
+
 def test_cider_is_what_the_official_scorer_gives() -> None:
     """Numbers of pycocoevalcap 1.2 on these words; and one by hand.
 
@@ -339,6 +441,7 @@ def test_vqa_accuracy_is_the_mean_over_nine_annotators(agreeing: int, score: flo
 @pytest.mark.parametrize(("given", "normal"), [
     ("The Two  dogs.", "2 dogs"), ("1,000", "1000"), ("3.5 m.", "3.5 m"), ("dont", "don't"), ("don't", "don't"),
     ("red/blue", "red blue"), ("its", "its"), ("Whats up?", "what's up"), ("none", "0"), ("10:30", "10:30"),
+    (".5", ".5"), ("about -.5 m.", "about .5 m"), ("wait...5", "wait5"), ("no.5", "no5"), ("...", ""),
 ])  # fmt: skip
 def test_answers_are_normalised_before_they_are_compared(given: str, normal: str) -> None:
     assert normalize(given) == normal

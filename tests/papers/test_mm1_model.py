@@ -364,6 +364,17 @@ def test_a_model_goes_on_at_another_resolution_with_the_tokens_it_had(tmp_path: 
     assert model.encoder.grid == 6
 
 
+@pytest.mark.parametrize("first", ["freeze", "resize"])
+def test_what_is_frozen_stays_so_at_another_resolution_in_either_order(first: str) -> None:
+    model = tiny_model()
+    if first == "resize":
+        model.resize_images(24)
+    model.train_only(["decoder"])
+    model.resize_images(32)
+    assert list(model.parameter_groups()) == ["decoder"]
+    assert not [n for n, p in model.named_parameters() if p.requires_grad != n.startswith("decoder.")]
+
+
 def test_parts_are_saved_alone_too_and_a_part_is_no_whole(tmp_path: Path) -> None:
     model = tiny_model(experts=EXPERTS, conv_stem=True)
     for name in ("encoder", "decoder"):

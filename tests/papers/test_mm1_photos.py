@@ -12,6 +12,7 @@ from multimodal import carry_out
 from PIL import Image, ImageDraw
 
 from retrace.core.plan import plan
+from retrace.papers.mm1 import cost
 from retrace.papers.mm1.corpora import ImageFolder, check
 
 torch.set_num_threads(1)
@@ -55,6 +56,10 @@ def test_a_model_is_trained_on_a_folder_of_photos_and_asked_about_new_ones(
     records = carry_out(specs, tmp_path / "home")
     assert list(records) == ["prepare", "pretrain_encoder", "pretrain_decoder", "pretrain", "evaluate"]
     assert {"photos_0/cider", "photos_2/cider", "mmcore_2/mean"} <= records["evaluate"].metrics.keys()
+    episodes = 6 * 2  # of photos and numbers of shots
+    images = sum(6 * (shots + 1) * records["evaluate"].config["connector"]["num_tokens"] for shots in (0, 2))
+    assert 0 < (records["evaluate"].cost.tokens or 0) - images < episodes * 100  # words of the prompts, not of 5000
+    assert 0 < (records["evaluate"].cost.flops or 0) < cost.evaluate(specs[-1].config).flops / 100
     read = records["pretrain"].provenance["data"]
     assert read["data/caption/rows"] + read["data/text/rows"] == 8
     assert read["data/caption/uncaptioned"] == 0  # the thumbnails are hidden

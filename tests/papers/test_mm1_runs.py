@@ -24,17 +24,22 @@ from retrace.core.plan import load_ablations, plan
 from retrace.core.record import Record
 from retrace.core.store import Store
 from retrace.papers.mm1 import cost, evaluation, programs
-from retrace.papers.mm1.config import MM1Config, Rows
+from retrace.papers.mm1.choices import PretrainedDecoder, PretrainedEncoder, ScratchEncoder
+from retrace.papers.mm1.config import SUB_IMAGES, MM1Config, Rows
+from retrace.papers.mm1.contrastive import ContrastiveModel
 from retrace.papers.mm1.decoder import build_decoder
 from retrace.papers.mm1.encoder import build_encoder
 from retrace.papers.mm1.model import MultimodalModel
-from retrace.papers.mm1.program_configs import PretrainConfig
+from retrace.papers.mm1.packing import Draft, Picture, Window, fill
+from retrace.papers.mm1.program_configs import EncoderConfig, FinetuneConfig, PretrainConfig
 from retrace.papers.mm1.rows import Piece
+from retrace.papers.mm1.stages import check
 from retrace.papers.mm1.world import IMAGE, vocabulary
 from retrace.worker import execute
 
 torch.set_num_threads(1)
 QUIET = ["scale=smoke", "seed=0", "tracking.wandb=off"]
+TUNED = ["finetune=${tuning.same}"]
 
 
 def composed(*overrides: str) -> MM1Config:
@@ -55,6 +60,27 @@ def composed(*overrides: str) -> MM1Config:
         (["eval.text_tasks=[piqa]"], "procedural data brings its own text tasks"),
         (["pretrain.trained=[]"], "expected one or more"),
         (["data.held_out_shapes=0"], "greater than or equal to 1"),
+        (
+            [*TUNED, "connector.kind=average_pool", "tuning.same.image_size=4"],
+            "connector.num_tokens=4: finetune.image_size=4 in patches of 4 gives 1x1 of them: use at most 1 tokens",
+        ),
+        ([*TUNED, "tuning.same.image_size=14"], "finetune.image_size=14 is no multiple of encoder.patch_size=4"),
+        (
+            ["finetune=${tuning.sub_images}", "tuning.sub_images.image_size=28"],
+            "finetune.image_size=28 halved by sub_images is no multiple of encoder.patch_size=4",
+        ),
+        (["encoder.num_heads=3"], "encoder: hidden_size=16 with num_heads=3: expected a multiple of 3"),
+        (["encoder.text_tower.num_heads=5"], "encoder.text_tower: hidden_size=16 with num_heads=5: expected"),
+        (
+            ["decoder.shape.num_heads=3", "decoder.shape.num_kv_heads=3"],
+            "decoder.shape: hidden_size=16 with num_heads=3: expected a multiple of 6, for heads of one even size: use",
+        ),
+        (["decoder.shape.num_heads=16"], "hidden_size=16 with num_heads=16: expected a multiple of 32"),
+        (["decoder.shape.num_heads=4", "decoder.shape.num_kv_heads=3"], "expected a number that divides it"),
+        (
+            ["encoder.objective=reconstructive", "image_size=4", "connector.num_tokens=1"],
+            "encoder.objective=reconstructive with image_size=4: an image is one patch, and none is left to predict",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_sentence(overrides: list[str], said: str) -> None:
@@ -76,6 +102,29 @@ def test_real_data_must_hold_what_is_trained_on() -> None:
     del tree["data"]["sources"]["text"]
     with pytest.raises(ValueError, match=r"data\.sources has no text, which is trained on; it has caption"):
         validate(MM1Config, tree, source="test")
+
+
+def test_more_demonstrations_than_items_to_take_them_from_are_refused() -> None:
+    tree: dict[str, Any] = compose("mm1", ["scale=gpu", "eval.shots=[0,9]"])
+    name, task = next(iter(tree["data"]["tasks"].items()))
+    task["num_train"] = 8
+    with pytest.raises(ValueError, match=rf"eval\.shots=\[0, 9\]: data\.tasks\.{name}\.num_train=8 items are all that"):
+        validate(MM1Config, tree, source="test")
+
+
+def test_more_shots_than_photos_to_demonstrate_with_are_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETRACE_DATA", str(tmp_path))
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        lines = [json.dumps({"image": f"{number}.jpg", "text": "a ball"}) for number in range(3)]
+        (tmp_path / "photos" / split / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    own = ["data=${photos}", "encoder.captions=caption", "decoder.caption_words=0.0"]
+    own += ["pretrain.mixture.weights={caption: 0.9, interleaved: 0.0, text: 0.1}"]
+    check(composed(*own, "eval.shots=[0,3]"))
+    with pytest.raises(ValueError, match=r"eval\.shots=\[0, 4\]: data\.tasks\.photos\.train has 3 items to take demon"):
+        check(composed(*own, "eval.shots=[0,4]"))
 
 
 def test_synthetic_captions_take_their_share_of_the_captions_in_every_arm() -> None:
@@ -173,10 +222,13 @@ def test_prompts_of_mixed_resolution_split_the_last_images_alone() -> None:
     assert seen == [2, 0, *[2] * 5, 0, *[2] * 5, 0]
 
 
-def test_a_fine_tuning_trains_the_parts_that_it_names(finished: tuple[Path, dict[str, Record]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tuning", "part"), [("same", "connector"), ("interpolated", "decoder")])
+def test_a_fine_tuning_trains_the_parts_that_it_names(
+    tuning: str, part: str, finished: tuple[Path, dict[str, Record]], tmp_path: Path
+) -> None:
     home, _ = finished
     shutil.copytree(home, tmp_path / "home")
-    frozen = [*QUIET, "finetune=${tuning.same}", "tuning.same.trained=[connector]"]
+    frozen = [*QUIET, f"finetune=${{tuning.{tuning}}}", f"tuning.{tuning}.trained=[{part}]"]
     specs = [spec for spec in plan(["mm1/main"], frozen) if spec.program == "finetune"]
     carry_out(specs, tmp_path / "home")
     store = Store(tmp_path / "home")
@@ -184,7 +236,42 @@ def test_a_fine_tuning_trains_the_parts_that_it_names(finished: tuple[Path, dict
         load_file(store.run(run).path / "model" / "model.safetensors")
         for run in (specs[0].parents["model"], specs[0].id)
     )
-    assert {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"connector"}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    moved = {name for name in changed if before[name].shape != after[name].shape}
+    assert {name.partition(".")[0] for name in changed - moved} == {part}
+    assert all("position" in name for name in moved)
+    assert bool(moved) == (tuning == "interpolated")
+
+
+@pytest.mark.parametrize(
+    ("part", "size"),
+    [
+        *[("encoder", size) for size in ("patch_size", "hidden_size", "num_layers", "intermediate_size")],
+        *[("decoder.shape", size) for size in ("hidden_size", "num_layers", "num_kv_heads", "intermediate_size")],
+    ],
+)
+def test_told_sizes_that_pretrained_weights_do_not_have_are_refused(part: str, size: str, tmp_path: Path) -> None:
+    c, ctx, weights = composed("encoder.conv_stem=false"), SimpleNamespace(notes={}), {"kind": "pretrained"}
+    build_encoder(c.vision, seed=0).trunk.save_pretrained(tmp_path / "encoder")
+    build_decoder(c.decoder.shape, vocab_size=50, seed=0).trunk.save_pretrained(tmp_path / "decoder")
+    weights |= {"revision": "main"}
+    own = c.vision.model_dump(exclude={"image_size", "conv_stem"}) | weights | {"name": str(tmp_path / "encoder")}
+    read = {"shape": c.decoder.shape.model_dump(), "vocab_size": 50} | weights | {"name": str(tmp_path / "decoder")}
+
+    def load() -> None:
+        parts = {"encoder": PretrainedEncoder(**own), "decoder": PretrainedDecoder(**read)}
+        asked = PretrainConfig(
+            image_size=c.image_size, connector=c.connector, experts=None, data=c.data, pretrain=c.pretrain, files={},
+            seed=0, **parts,
+        )  # fmt: skip
+        programs._encoder(asked, ctx)  # type: ignore[arg-type]
+        programs._decoder(asked, ctx)  # type: ignore[arg-type]
+
+    load()
+    told = own if part == "encoder" else read["shape"]
+    real, told[size] = told[size], 2 * told[size]
+    with pytest.raises(ValueError, match=rf"{part}\.{size}={2 * real}: .* has {real}: correct the sizes"):
+        load()
 
 
 def test_positions_beyond_those_of_the_decoder_are_told_in_one_sentence() -> None:
@@ -248,11 +335,13 @@ def test_the_paper_scale_plans_and_costs_without_torch_or_network() -> None:
     assert flops["recipes/m3b/s0"] < flops["recipes/m3b_experts/s0"] < 1.5 * flops["recipes/m3b/s0"]
 
 
+@pytest.mark.parametrize("conv_stem", [False, True])
 @pytest.mark.parametrize("kind", ["average_pool", "attention_pool", "c_abstractor"])
-def test_counted_flops_and_parameters_are_those_of_the_model(kind: str) -> None:
+def test_counted_flops_and_parameters_are_those_of_the_model(kind: str, conv_stem: bool) -> None:
     config = composed(
         f"connector.kind={kind}", "connector.hidden_size=32", "connector.num_tokens=9", "encoder.hidden_size=64",
-        "encoder.intermediate_size=128", "encoder.conv_stem=false", "image_size=24", "decoder.shape.hidden_size=64",
+        "encoder.intermediate_size=128", "image_size=24", "decoder.shape.hidden_size=64",
+        f"encoder.conv_stem={str(conv_stem).lower()}",
     )  # fmt: skip
     asked = PretrainConfig(
         image_size=config.image_size, encoder=config.encoder, connector=config.connector, decoder=config.decoder,
@@ -269,9 +358,55 @@ def test_counted_flops_and_parameters_are_those_of_the_model(kind: str) -> None:
         matrices = [(n, p) for n, p in getattr(model, part).named_parameters() if p.dim() > 1]
         left_out = ("position", "squeeze", "excite", "queries")  # tables, and what is once an image
         real = sum(p.numel() for n, p in matrices if not any(word in n for word in left_out))
-        assert count == pytest.approx(real, rel=0.12), part
+        assert count == pytest.approx(real, rel=0 if part == "encoder" else 0.12), part
+    images = torch.rand(8, 3, 24, 24)
     with FlopCounterMode(display=False) as counter:
-        model.image_tokens(torch.rand(8, 3, 24, 24))
+        model.encoder(images)
+    attention = 4 * 8 * 64 * 36 * 36  # the counter misses it on a CPU
+    assert 8 * cost.vision_flops(config.vision) - attention == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        model.image_tokens(images)
     ours = 8 * (cost.vision_flops(config.vision) + cost.connector_flops(config.connector, config.vision, out_size=64))
-    unseen = 4 * 8 * 64 * 36 * (36 + 9 * (kind == "attention_pool"))  # attention: the counter misses it on a CPU
+    unseen = attention + 4 * 8 * 64 * 36 * 9 * (kind == "attention_pool")
     assert ours - unseen == pytest.approx(counter.get_total_flops(), rel=0.12)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "mean_and_patches"])
+def test_counted_flops_and_parameters_are_those_of_an_encoders_training(pooling: str) -> None:
+    config = composed(f"encoder.text_tower.image_pooling={pooling}", "encoder.optim.steps=1")
+    assert isinstance(config.encoder, ScratchEncoder)
+    asked = EncoderConfig(vision=config.vision, encoder=config.encoder, data=config.data, files={}, seed=0)
+    model = ContrastiveModel(build_encoder(config.vision, seed=0), config.encoder.text_tower, vocab_size=50, seed=0)
+    tables = ("position", "token_embedding")
+    matrices = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.dim() > 1]
+    used = cost.pretrain_encoder(asked)
+    assert used.memory.parameters == sum(p.numel() for n, p in matrices if not any(word in n for word in tables))
+    words = torch.ones(4, 12, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.rand(4, 3, 12, 12), words, words)
+    attention, scores = 4 * 4 * 16 * 9 * 9, (2 if pooling == "mean" else 4) * 4 * 4 * 16
+    unused = 2 * 4 * 16 * 16  # of the text model, whose own pooling nobody reads
+    assert used.flops / cost.TRAIN - attention == counter.get_total_flops() - scores - unused
+
+
+@pytest.mark.parametrize("sub_images", [False, True])
+@pytest.mark.parametrize(("words", "seq_len", "most"), [(0, 120, 30), (1, 120, 30), (9, 77, 3)])
+def test_a_packed_row_holds_no_more_images_than_are_counted(
+    words: int, seq_len: int, most: int, sub_images: bool
+) -> None:
+    each = SUB_IMAGES if sub_images else 1
+    window = Window(seq_len, 4, most, pad_id=0, image_id=1, sub_images=each)
+    pieces = window.cut(Draft([Picture(None), Piece((2,) * words)] * 50, "test"))
+    sizes = [window.size(piece) for piece in pieces]
+    found = max(each * sum(sizes[index][1] for index in row) for row in fill(sizes, window))
+    counted = cost.row_images(Rows(seq_len=seq_len, max_images=most, mask="documents"), 4, sub_images=sub_images)
+    assert found == counted if not words else found <= counted
+
+
+def test_a_fine_tuning_on_sub_images_counts_all_that_the_encoder_gets() -> None:
+    specs = plan(["mm1/main"], [*QUIET, "finetune=${tuning.sub_images}"])
+    (config,) = [spec.config for spec in specs if spec.program == "finetune"]
+    assert isinstance(config, FinetuneConfig)
+    optim = config.finetune.optim  # rows of 40 positions hold two images of five times four tokens
+    full = cost.forward_flops(config, tokens=40, keys=20.5, logits=0, images=10)
+    assert cost.finetune(config).flops == cost.TRAIN * optim.steps * optim.batch_size * full

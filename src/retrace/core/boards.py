@@ -14,10 +14,10 @@ from typing import Any
 from retrace.core.claims import Claim
 from retrace.core.mirrors import Card
 from retrace.core.pages import OUTCOME_SYMBOLS, markdown
-from retrace.core.paper import Paper
 from retrace.core.plan import Ablation
-from retrace.core.record import Label, Record
+from retrace.core.record import Label
 from retrace.core.reportview import DIAGNOSTICS, summary, view_verdict
+from retrace.core.results import PaperResults
 from retrace.core.stats import estimate
 from retrace.core.verdicts import Verdict
 
@@ -63,21 +63,13 @@ def printed_levels(verdicts: Iterable[Verdict]) -> list[Printed]:
     return found
 
 
-def build_board(
-    paper: Paper,
-    *,
-    entity: str,
-    project: str,
-    ablations: Sequence[Ablation],
-    records: Sequence[Record],
-    verdicts: Mapping[str, Sequence[Verdict]],
-    words: Mapping[str, str],
-) -> Board:
-    """The workspace and the report of a paper. `verdicts`: of each scale that has some; `words`: metrics in words."""
+def build_board(results: PaperResults, *, entity: str, project: str) -> Board:
+    """The workspace and the report of a paper, at the scales that judge claims, or else at all of its records."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    shown = list(verdicts) or sorted({record.scale for record in records})
+    paper, verdicts = results.paper, results.judged
+    shown = list(verdicts) or sorted({record.scale for record in results.records})
     blocks: list[Any] = [
         wr.P(["arXiv ", wr.Link(text=paper.arxiv, url=f"https://arxiv.org/abs/{paper.arxiv}"), ". Written by ",
               wr.InlineCode(text=f"retrace publish {paper.slug}"), " from recorded runs; it writes this page anew, so "
@@ -87,17 +79,17 @@ def build_board(
     sections: list[Any] = []
     num_panels = 0
     for scale in shown:
-        judged = list(verdicts.get(scale, ()))
+        judged = verdicts.get(scale, ())
         blocks += [wr.H1(f"Scale {scale}"), wr.P(summary(judged, scale=scale))]
         blocks += [wr.MarkdownBlock(verdict_table(judged))] if judged else []
-        for ablation in _ordered(ablations, judged):
-            grids = list(_grids(paper.slug, ablation, scale, judged, records, words))
+        for ablation in _ordered(results.ablations, judged):
+            grids = list(_grids(results, ablation, scale, judged))
             if grids:
                 blocks += [wr.H2(ablation.question), wr.P(f"Ablation {ablation.name}, {ablation.locus}.")]
                 blocks += [wr.PanelGrid(runsets=[runset], panels=panels) for runset, panels in grids]
                 num_panels += sum(len(panels) for _, panels in grids)
                 # A panel belongs to one place, so the workspace has its own ones.
-                again = _grids(paper.slug, ablation, scale, judged, records, words)
+                again = _grids(results, ablation, scale, judged)
                 panels = [panel for _, made in again for panel in made]
                 sections.append(ws.Section(name=f"{ablation.name} ({scale})", panels=panels, is_open=not sections))
     report = wr.Report(
@@ -130,18 +122,14 @@ def _ordered(ablations: Sequence[Ablation], verdicts: Sequence[Verdict]) -> list
 
 
 def _grids(
-    slug: str,
-    ablation: Ablation,
-    scale: str,
-    verdicts: Sequence[Verdict],
-    records: Sequence[Record],
-    words: Mapping[str, str],
+    results: PaperResults, ablation: Ablation, scale: str, verdicts: Sequence[Verdict]
 ) -> Iterable[tuple[Any, list[Any]]]:
     """For each program of an ablation that has something to show: the set of its runs, and panels."""
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces import expr
 
-    asked = [r for r in records if ablation.name in (Label.parse(label).ablation for label in r.labels)]
+    slug, words = results.paper.slug, results.words
+    asked = [r for r in results.records if ablation.name in (Label.parse(label).ablation for label in r.labels)]
     runs = [r for r in asked if r.scale == scale]
     claimed = [
         (metric, next(iter(arm.samples.values())).record.program)

@@ -82,9 +82,7 @@ def compose(paper: str, overrides: Sequence[str], *, name: str = "main") -> dict
         raise ValueError(f"{paper}/{name}: no such config: there is no {path}")
     seeds = [text.removeprefix("seed=") for text in overrides if override_key(text) == "seed"]
     seed = seeds[0] if len(seeds) == 1 and re.fullmatch("0|[1-9][0-9]*", seeds[0]) else None
-    given = (
-        tuple(overrides) if seed is None else tuple(t if t != f"seed={seed}" else f"seed={_SEED}" for t in overrides)
-    )
+    given = tuple(f"seed={_SEED}" if seed and text == f"seed={seed}" else text for text in overrides)
     text = _composed(paper, name, given)
     if text is None:
         return _resolve(_tree(paper, name, overrides), f"{paper}/{name}")

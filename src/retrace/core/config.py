@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from retrace.core.safety import assigned_secret
 
 Scale = Literal["smoke", "laptop", "gpu", "paper"]
-SCALES: tuple[Scale, ...] = ("smoke", "laptop", "gpu", "paper")
+SCALES: tuple[Scale, ...] = get_args(Scale)
 
 HOME = Path(os.environ.get("RETRACE_HOME") or Path(__file__).resolve().parents[3])  # holds runs/ and results/
 CONFIGS = Path(os.environ.get("RETRACE_CONFIGS") or Path(__file__).resolve().parents[3] / "configs")
@@ -163,7 +163,7 @@ def validate(schema: type[C], values: Mapping[str, Any], *, source: str) -> C:
 
     Validation goes through JSON so that strictness is that of the file that a worker will read back.
     """
-    text = json.dumps(values)
+    text = json.dumps(values, default=str)  # YAML reads 2024-03-15 as a date, which is text to whoever wrote it
     if "\\u0000" in text:
         raise ValueError(f"{source}: a text in it has a NUL character, which no file name and no command line can hold")
     try:

@@ -15,6 +15,8 @@ PAPERS = "retrace.papers"  # where papers of this repository are, and the entry 
 
 def papers() -> list[str]:
     """Slugs of the papers: the folders of configs/ that hold a main.yaml, and what other packages bring."""
+    if not config.CONFIGS.is_dir():
+        raise ValueError(f"{config.CONFIGS}: no such folder, and configs are read from it: see RETRACE_CONFIGS")
     own = [path.parent.name for path in config.CONFIGS.glob("*/main.yaml")]
     for slug in set(own) & paper_packages().keys():
         raise ValueError(

@@ -66,7 +66,7 @@ def _software() -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
     yield sys.version_info >= (3, 11), f"Python {version}", "install Python 3.11 or newer and run `make setup`"
     for package in _required():
-        found = _version(package)
+        found = provenance.version(package)
         yield found is not None, f"{package} {found or ''}".rstrip(), "run `make setup`"
     commit = provenance.code()["git"]
     remedy = "records can't say which code made them: install git, and clone the repository instead of copying it"
@@ -85,13 +85,6 @@ def _required() -> list[str]:
     return [re.split(r"[^\w.-]", text)[0] for text in asked if "extra ==" not in text]
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _machine(home: Path) -> Iterator[Check]:
     cores = num_cores()
     yield True, f"{cores} cores: {provenance.processor()}", ""
@@ -102,7 +95,7 @@ def _machine(home: Path) -> Iterator[Check]:
     gpus = _gpus()
     remedy = "not needed for scale=smoke and scale=laptop; hardware=gpu1, gpu8: run where `nvidia-smi` shows one"
     yield bool(gpus) or None, f"NVIDIA GPU{': ' if gpus else ''}{', '.join(gpus)}", remedy
-    if gpus and "+cpu" in (_version("torch") or ""):
+    if gpus and "+cpu" in (provenance.version("torch") or ""):
         yield False, "torch that can use the GPU", "this one is for CPUs alone: see https://pytorch.org/get-started"
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -120,7 +113,10 @@ def _gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:  # of a driver that hangs
+        return []
     return [" ".join(line.split(",")) for line in done.stdout.splitlines()] if done.returncode == 0 else []
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 
 from retrace.core.plan import RunSpec
+from retrace.core.record import FINISHED
 from retrace.core.safety import redact
-from retrace.core.store import FINISHED, Store
+from retrace.core.store import Store
 from retrace.core.workers import Worker
 
 BUSY_SECONDS = 2.0  # between two looks at a run that somebody else holds
@@ -123,15 +124,15 @@ class Local:
             if self._halt.is_set():
                 self._ended.put((spec, "STOPPED", ""))
                 continue
-            run = self._store.run(spec.id)
-            state = run.state()
-            if state.finished or state.status == "RUNNING":  # another launcher's: what it has frozen stays as it is
-                self._ended.put((spec, state.status if state.finished else "BUSY", state.reason))
-                continue
             try:
+                run = self._store.run(spec.id)
+                state = run.state()
+                if state.finished or state.status == "RUNNING":  # another launcher's: what it has frozen stays as it is
+                    self._ended.put((spec, state.status if state.finished else "BUSY", state.reason))
+                    continue
                 run.freeze(spec, command=self._command)
                 if worker is None:
-                    worker = Worker(threads=spec.hardware.threads)
+                    worker = Worker()
                     self._workers.append(worker)
                 self._on_change(spec.id, "RUNNING", "")
                 status, reason = worker.run(spec, run.path)

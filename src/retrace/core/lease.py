@@ -37,7 +37,8 @@ class Leased:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.id = path.name
-        self.lost = threading.Event()  # another host has taken the lease that this process holds
+        self.lost = threading.Event()  # somebody else has taken the lease that this process holds
+        self._held_by: TextIO | None = None  # the open lock, while this process holds the run
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[None]:
@@ -51,8 +52,12 @@ class Leased:
             now = os.fstat(lock.fileno()).st_mtime
             if owner and (locked is None or owner["host"] != socket.gethostname()) and self._beats(now):
                 raise Busy(f"{self.id} is being run by {_name(owner)}")
-            with self._held(self.path / "lease.json"):
-                yield
+            self._held_by = lock
+            try:
+                with self._held(self.path / "lease.json"):
+                    yield
+            finally:
+                self._held_by = None
 
     @contextlib.contextmanager
     def _held(self, path: Path) -> Iterator[None]:
@@ -84,6 +89,8 @@ class Leased:
 
     def check_lease(self) -> None:
         """Raises `Busy` where the lease is lost: what is written now would fall among the files of another process."""
+        if self._held_by is not None and _is_another(self.path / LOCK, self._held_by):
+            self.lost.set()  # the folder was deleted, and somebody has begun the run anew in its place
         if self.lost.is_set():
             raise Busy(
                 f"{self.id} was taken over by {self.holder() or 'another process'}, which took this one for dead"
@@ -136,6 +143,14 @@ def _lock(file: TextIO) -> bool | None:
                 raise
             return None
     return False
+
+
+def _is_another(path: Path, file: TextIO) -> bool:
+    """Whether a path leads to a file other than the open one that it once led to; False where there is none."""
+    try:
+        return not os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _owner(path: Path) -> Mapping[str, Any] | None:

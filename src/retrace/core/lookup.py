@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from retrace.core.files import read_json, try_json
+from retrace.core.files import try_json
 from retrace.core.record import Record
 from retrace.core.store import Store
 
@@ -78,5 +78,5 @@ def find_run(word: str, *, paper: str, program: str, store: Store) -> KnownRun |
 
 def _with_recorded_labels(run: KnownRun, *, store: Store) -> KnownRun:
     """Those of a plan that came after the run was finished are in its record only."""
-    record = read_json(store.record_path(run.paper, run.id)) or {}
+    record = try_json(store.record_path(run.paper, run.id))
     return dataclasses.replace(run, labels=(*run.labels, *record.get("labels", ())))

@@ -42,6 +42,10 @@ class Optim(Frozen):
     def check_processes(self, processes: int, *, key: str) -> None:
         """Raise ValueError, naming `key`, where processes would get different numbers of micro-batches."""
         per_round = self.micro_batch_size * processes
+        if self.batch_size % processes:
+            raise ValueError(
+                f"{key}.batch_size={self.batch_size} does not divide by hardware.processes={processes}: change either"
+            )
         if self.batch_size % per_round:
             raise ValueError(
                 f"{key}.batch_size={self.batch_size} does not divide into micro-batches of {self.micro_batch_size} on "

@@ -175,16 +175,17 @@ def _arms(ablation: Ablation, sweep: Sequence[tuple[str, ...]]) -> Iterator[tupl
     seen = set()
     for chosen in sweep:
         keys = {override_key(text) for text in chosen}
-        extra = [t for t in chosen if override_key(t).split(".")[0] not in (*_PLACEMENT_KEYS, "seed")]
-        place = tuple(t for t in chosen if t not in extra and override_key(t) != "seed")
-        seeds = [_seed(t) for t in chosen if override_key(t) == "seed"] or ablation.seeds
+        others = [text for text in chosen if override_key(text) != "seed"]  # given twice, it would be composed for each
+        extra = [text for text in others if override_key(text).split(".")[0] not in _PLACEMENT_KEYS]
+        place = tuple(text for text in others if text not in extra)
+        seeds = [_seed(text) for text in chosen if text not in others] or ablation.seeds
         for arm, own in ablation.arms.items():
             kept = [text for text in own if override_key(text) not in keys]
             name = ",".join([*([arm] if kept or not own else []), *extra]) or arm
             for seed in seeds:
                 if (name, seed, place) not in seen:
                     seen.add((name, seed, place))
-                    yield name, seed, [*kept, *chosen, f"seed={seed}"]
+                    yield name, seed, [*kept, *others, f"seed={seed}"]
 
 
 def _seed(override: str) -> int:

@@ -71,7 +71,8 @@ def print_plan(specs: Sequence[RunSpec], *, store: Store, console: Console) -> N
     todo = [spec for spec in specs if not states[spec.id].finished]
     for text in _totals(specs, todo, costs, times, hardware):
         say(console, text)
-    for text in _reckoned([times[spec.id] for spec in specs], hardware, check_times(_alike(records, specs))):
+    unknown = [costs[spec.id] for spec in specs if times[spec.id] is None]
+    for text in _reckoned(list(times.values()), unknown, hardware, check_times(_alike(records, specs))):
         say(console, text)
 
 
@@ -145,19 +146,32 @@ def _memory(specs: Sequence[RunSpec], costs: Mapping[str, Cost], hardware: Hardw
     text = f"memory: {sizes[most.id]:,.1f} GB on a {unit} at most ({most.program} of {_arm(most)})"
     if hardware.memory_gb is None:
         return text
-    large = sum(size > hardware.memory_gb for size in sizes.values())
+    large = [spec for spec in specs if sizes[spec.id] > hardware.memory_gb]
     if not large:
         return f"{text}; all runs fit into {hardware.memory_gb:g} GB"
-    return (
-        f"{text}; {large} of {len(specs)} runs DO NOT FIT into {hardware.memory_gb:g} GB: lower micro_batch_size, set "
-        "hardware.activation_checkpointing=true, or shard over more GPUs"
+    spread = hardware.model_copy(update={"shard": True, "processes": 4096})  # where next to nothing is left to share
+    whole = sum(costs[spec.id].state_bytes(spread) / 1e9 + LIBRARIES / 1e9 > hardware.memory_gb for spec in large)
+    ways = ["lower micro_batch_size"]
+    ways += [] if hardware.activation_checkpointing else ["set hardware.activation_checkpointing=true"]
+    ways += ["shard over more GPUs"] if whole < len(large) else []
+    advice = f": {' or '.join(ways)}" if whole < len(large) else ""
+    advice += (
+        f"; {whole} of them need larger GPUs, since what a process has whole (docs/plan.md) is too much"
+        if whole
+        else ""
     )
+    return f"{text}; {len(large)} of {len(specs)} runs DO NOT FIT into {hardware.memory_gb:g} GB{advice}"
 
 
-def _reckoned(times: Sequence[Expected | None], hardware: Hardware, check: Check | None) -> Iterator[str]:
-    """The formulas, for those kinds of values that occur, and what they were checked against."""
+def _reckoned(
+    times: Sequence[Expected | None], unknown: Sequence[Cost], hardware: Hardware, check: Check | None
+) -> Iterator[str]:
+    """The formulas, for those kinds of values that occur, and what they were checked against. `unknown`: no time."""
     planned = any(time is not None and not time.measured for time in times)
-    yield "how: memory = weights, gradients, moments + activations of one micro-batch; above, + 0.6 GB of libraries"
+    state = "weights, gradients, moments"
+    if hardware.shard:
+        state += f", each / {hardware.processes}, + what a step has whole: gathered weights, gradients on their way"
+    yield f"how: memory = {state} + activations of one micro-batch; above, + 0.6 GB of libraries"
     if planned:
         several = f"{hardware.processes} GPUs, or 1 for work that is not shared, x " if hardware.processes > 1 else ""
         yield (
@@ -166,11 +180,10 @@ def _reckoned(times: Sequence[Expected | None], hardware: Hardware, check: Check
         )
     if any(time is not None and time.measured for time in times):
         yield "how: time without '~' = FLOPs / speed of runs of that program and scale on record for this hardware"
-    if any(time is None for time in times):
-        hint = (
-            "a program without a model is not planned from FLOPs" if planned else "peak_flops and planned_mfu plan it"
-        )
-        yield f"how: time '-': no run of that program and scale is on record for this hardware; {hint}"
+    if unknown:
+        hints = ["hardware.peak_flops and hardware.planned_mfu plan it"] if any(c.has_model for c in unknown) else []
+        hints += [] if all(c.has_model for c in unknown) else ["a program without a model is not planned from FLOPs"]
+        yield f"how: time '-': no run of that program and scale is on record for this hardware; {'; '.join(hints)}"
     if check is not None:
         yield (
             f"checked: {check.runs} runs on record ({'; '.join(check.where)}), each predicted from FLOPs and the speed "

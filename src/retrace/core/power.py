@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
@@ -44,10 +44,10 @@ class Power:
     needed: int | None
     fewest: int | None
     most: int | None
+    why_not: str  # where no number is enough
     planned: int
     hours: float | None
-    why_not: str = ""  # where no number is enough
-    at_least: bool = False  # `hours` leave out runs of unknown time
+    at_least: bool  # `hours` leave out runs of unknown time
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ def print_power(specs: Sequence[RunSpec], *, store: Store, console: Console) -> 
         own = [spec for spec in specs if (spec.paper, spec.scale) == (slug, scale)]
         results = load_results(slug, store=store)
         found = plan_power(results.claims, results.judged, own, times, scale=scale)
-        unit = "GPU-hours" if own[0].hardware.device == "cuda" else "core-hours"
-        show(slug, found, scale, unit=unit, console=console)
+        show(slug, found, scale, unit=f"{own[0].hardware.unit}-hours", console=console)
 
 
 def plan_power(
@@ -93,8 +92,8 @@ def plan_power(
             unknown.append(claim)
         else:
             planned = len({label.seed for _, label in asked})
-            found = _power(claim, seen, planned, _hours_of_a_seed(runs, times, planned))
-            known.append(replace(found, at_least=any(times[run.id] is None for run in runs)))
+            hours, partial = _hours_of_a_seed(runs, times, planned), any(times[run.id] is None for run in runs)
+            known.append(Power(claim, seen, *_seeds(claim, seen), planned=planned, hours=hours, at_least=partial))
     return PowerPlan(tuple(known), tuple(unknown))
 
 
@@ -118,21 +117,20 @@ def _hours_of_a_seed(runs: Sequence[RunSpec], times: Mapping[str, Expected | Non
     return sum(known) / 3600 / seeds if known else None
 
 
-def _power(claim: Claim, seen: Verdict, planned: int, hours: float | None) -> Power:
+def _seeds(claim: Claim, seen: Verdict) -> tuple[int | None, int | None, int | None, str]:
+    """`needed`, `fewest`, `most` and `why_not` of `Power`."""
     found = seen.estimate
     assert found is not None
     assert found.sd is not None
     low, high = _side(claim, seen)
     if not found.has_spread:
         enough = MIN_PAIRS if low < found.mean < high else None
-        why = "" if enough else "no seed shows it"
-        return Power(claim, seen, enough, enough, enough, planned, hours, why)
+        return enough, enough, enough, "" if enough else "no seed shows it"
     if not low < found.mean < high:
-        why = "mean beyond margin" if claim.expect.margin else "mean on other side"
-        return Power(claim, seen, None, None, None, planned, hours, why)
+        return None, None, None, "mean beyond margin" if claim.expect.margin else "mean on other side"
     narrow, wide = spread_range(sd=found.sd, n=found.n)
     few, needed, many = (seeds_needed(mean=found.mean, sd=sd, low=low, high=high) for sd in (narrow, found.sd, wide))
-    return Power(claim, seen, needed, few, many, planned, hours, "" if needed else "over a million")
+    return needed, few, many, "" if needed else "over a million"
 
 
 def _side(claim: Claim, seen: Verdict) -> tuple[float, float]:
@@ -186,7 +184,7 @@ def _told(plan: PowerPlan, scale: str) -> Iterator[str]:
         )
         yield f"assumed: at scale {scale} the true difference and its spread over seeds are those seen at {sources}"
     if any(power.why_not for power in plan.known):
-        yield "none: by what was seen the claim is not decidable, as it is made, by more seeds"
+        yield "none: by what was seen, more seeds would not bring the claim back; they can decide against it"
     if any(power.seen.claim.id != power.claim.id for power in plan.known):
         yield "where a second claim is named, the numbers are its: the same arms and kind of metric, on another test"
     if plan.unknown:

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from retrace.core.plan import RunSpec
-from retrace.core.store import FINISHED, Store
+from retrace.core.record import FINISHED
+from retrace.core.store import Store
 from retrace.core.units import duration, say
 
 POLL_SECONDS = 0.5

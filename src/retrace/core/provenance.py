@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from retrace.core.config import Hardware
 from retrace.core.discovery import package_folder, paper_packages
 
 PACKAGES = (
@@ -33,8 +34,11 @@ def code() -> dict[str, Any]:
         taken: dict[str, Any] = json.loads((root / SNAPSHOT).read_text())
         return taken
     sha = commit(root)
-    diff = "".join(uncommitted(root / name) for name in ("src", "configs"))
-    return {"git": sha, "dirty": bool(diff) if sha else None, "diff_sha256": fingerprint(diff) if diff else None}
+    diffs = [uncommitted(root / name) for name in ("src", "configs")]
+    if sha is None or None in diffs:
+        return {"git": sha, "dirty": None, "diff_sha256": None}  # not known
+    diff = "".join(filter(None, diffs))
+    return {"git": sha, "dirty": bool(diff), "diff_sha256": fingerprint(diff) if diff else None}
 
 
 @functools.cache
@@ -60,32 +64,39 @@ def commit(folder: Path) -> str | None:
     return (git(folder, "rev-parse", "HEAD") or "").strip() or None
 
 
-def uncommitted(folder: Path) -> str:
+def uncommitted(folder: Path) -> str | None:
     """The diff of a folder against the last commit, new files included; "" where git knows nothing of it.
 
-    It is made in an index of its own, so that what the user has staged stays as it is.
+    None where git can't tell, as on a full disk. It is made in an index and an object store of its own, so that what
+    the user has staged stays as it is, and a checkout that nobody may write in is read as well.
     """
-    index = (git(folder, "rev-parse", "--path-format=absolute", "--git-path", "index") or "").strip()
-    if not index:
+    where = git(folder, "rev-parse", "--path-format=absolute", "--git-path", "index", "--git-path", "objects")
+    if where is None:
         return ""
-    with tempfile.TemporaryDirectory() as place:
-        other = Path(place) / "index"
-        if Path(index).is_file():
-            shutil.copy2(index, other)  # with its time, by which git knows what was edited just after it
-        git(folder, "add", "--all", "--", ".", index=other)
-        return git(folder, "diff", "--cached", "--binary", "HEAD", "--", ".", index=other) or ""
+    index, objects = where.splitlines()
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            own = {"GIT_INDEX_FILE": f"{place}/index", "GIT_OBJECT_DIRECTORY": f"{place}/objects"}
+            own["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = objects
+            Path(place, "objects").mkdir()
+            if Path(index).is_file():
+                shutil.copy2(index, own["GIT_INDEX_FILE"])  # with its time, by which git knows what was edited after it
+            if git(folder, "add", "--all", "--", ".", **own) is None:
+                return None
+            return git(folder, "diff", "--cached", "--binary", "HEAD", "--", ".", **own)
+    except OSError:
+        return None
 
 
 def fingerprint(diff: str) -> str:
     return hashlib.sha256(diff.encode()).hexdigest()[:16]
 
 
-def git(folder: Path, *arguments: str, index: Path | None = None) -> str | None:
+def git(folder: Path, *arguments: str, **environment: str) -> str | None:
     """What git prints; None where there is no git, or it fails. Bytes that are no UTF-8 come escaped."""
-    environment = {**os.environ, "GIT_INDEX_FILE": str(index)} if index else None
     command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=60, env=environment)
+        done = subprocess.run(command, capture_output=True, timeout=60, env={**os.environ, **environment})
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.decode(errors="backslashreplace") if done.returncode == 0 else None
@@ -94,13 +105,15 @@ def git(folder: Path, *arguments: str, index: Path | None = None) -> str | None:
 @functools.cache
 def packages() -> dict[str, str]:
     """Versions of the packages that can move a number."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: found for name in PACKAGES if (found := version(name))}
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache
@@ -115,10 +128,9 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def describe(
-    *, paper: str, device: str, processes: int, threads: int, hardware_config: str, command: str
-) -> dict[str, Any]:
+def describe(paper: str, hardware: Hardware, *, device: str, command: str) -> dict[str, Any]:
     """Provenance of a run. `device` is the accelerator's name, or "" on a CPU."""
+    threads, processes = hardware.threads, hardware.processes
     place = device or f"{processor()}, {threads} thread{'s' * (threads > 1)}"
     return {
         **code(),
@@ -127,7 +139,7 @@ def describe(
         "python": platform.python_version(),
         "platform": platform.platform(),
         "hardware": place if processes == 1 else f"{processes} x {place}",
-        "hardware_config": hardware_config,
+        "hardware_config": hardware.name,
         "command": command,
         "cores": os.cpu_count(),
     }

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def rebuild(record: Record, run: RunDir) -> Rebuilt:
         raise ValueError(f"{path}: not readable as lines of metrics ({error}); delete it and publish again") from None
     card = Card.of(record)
     origin = {name: record.provenance[name] for name in _ORIGIN if name in record.provenance}
-    card = Card(card.id, card.name, card.group, card.job_type, card.tags, {**card.config, "provenance": origin})
+    card = replace(card, config={**card.config, "provenance": origin})
     cost = {f"cost/{name}": value for name, value in record.cost.model_dump().items() if value is not None}
     final = {"step": last, "seed": record.seed, **record.metrics}
     return Rebuilt(card, (*rows, final), {**record.metrics, **cost, "status": record.status}, whole)
@@ -165,7 +165,7 @@ def publish(
         asked = _tracking(slug, project=project, entity=entity)
         results = load_results(slug, store=store)
         runs = _runs(results, taken, store=store)
-        board = _board(results, asked, entity=asked.entity or "somebody")  # valid, before all else
+        board = boards.build_board(results, entity=asked.entity or "somebody", project=asked.project)  # before all else
         _say_built(slug, taken, runs, board, console)
         online = wandb_mode(asked.model_copy(update={"wandb": "auto"})) == "online"
         if dry_run:
@@ -179,7 +179,8 @@ def publish(
         server = Server(project=asked.project, entity=asked.entity)
         sent = server.upload({run.card.id: (run.digest, folders[run.card.id]) for run in runs}, paper=slug)
         _say(console, f"uploaded {sent} runs to {server.entity}/{asked.project}, {len(runs) - sent} were there")
-        for what, url in server.save(_board(results, asked, entity=server.entity)).items():
+        board = boards.build_board(results, entity=server.entity, project=asked.project)
+        for what, url in server.save(board).items():
             _say(console, f"{what}: {url}")
 
 
@@ -203,19 +204,6 @@ def _runs(results: PaperResults, taken: Sequence[Record], *, store: Store) -> li
     for run in runs:
         refuse_secrets(json.dumps([run.card.config, run.rows, run.results]), where=run.card.id)
     return runs
-
-
-def _board(results: PaperResults, asked: Tracking, *, entity: str) -> boards.Board:
-    """The workspace and the report, always of all records of the paper."""
-    return boards.build_board(
-        results.paper,
-        entity=entity,
-        project=asked.project,
-        ablations=results.ablations,
-        records=results.records,
-        verdicts=results.judged,
-        words=results.words,
-    )
 
 
 def write(runs: Sequence[Rebuilt], *, project: str, store: Store, console: Console) -> dict[str, Path]:

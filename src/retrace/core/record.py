@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import Field, ValidationError
 
@@ -12,6 +12,8 @@ from retrace.core.config import Frozen
 
 PAGE_NAME = r"^[a-z][a-z0-9_]*$"
 PageName = Annotated[str, Field(pattern=PAGE_NAME, max_length=60)]
+Finished = Literal["DONE", "DIVERGED"]
+FINISHED: tuple[Finished, ...] = get_args(Finished)
 
 
 class Label(NamedTuple):
@@ -56,7 +58,7 @@ class Record(Frozen):
     labels: tuple[str, ...]  # see Label
     scale: str
     seed: int
-    status: Literal["DONE", "DIVERGED"]
+    status: Finished
     config: dict[str, Any]
     parents: dict[str, str]
     metrics: dict[str, float]

@@ -152,6 +152,13 @@ def origins(records: Sequence[Record], key: str) -> str:
     return ", ".join(sorted({str(r.provenance[key]) for r in records if r.provenance.get(key) is not None}))
 
 
+def _older_than_parents(records: Sequence[Record]) -> int:
+    """How many records are older than one that they build on: that run was made again after them, perhaps elsewhere."""
+    finished = {record.id: str(record.provenance.get("finished") or "") for record in records}
+    known = [(finished[r.id], [finished.get(parent, "") for parent in r.parents.values()]) for r in records]
+    return sum(bool(own) and max(parents, default="") > own for own, parents in known)
+
+
 def origin(records: Sequence[Record]) -> dict[str, str]:
     """Where the records come from, in words for each kind of origin that is known."""
     packages: dict[str, set[str]] = {}
@@ -159,15 +166,22 @@ def origin(records: Sequence[Record]) -> dict[str, str]:
     for name, version in {(name, str(version)) for found in installed for name, version in found.items()}:
         packages.setdefault(name, set()).add(version)
     dirty = sum(bool(record.provenance.get("dirty")) for record in records)
-    changed = f"; {dirty} of {len(records)} runs with uncommitted changes"
+    unknown = sum(bool(r.provenance.get("git")) and r.provenance.get("dirty") is None for r in records)
+    changed = f"; {dirty} of {len(records)} runs with uncommitted changes" if dirty else ""
+    changed += f"; of {unknown} it is not known whether they had uncommitted changes" if unknown else ""
     finished = sorted(str(r.provenance["finished"]) for r in records if r.provenance.get("finished"))
+    older = _older_than_parents(records)
     told = {
         "Hardware": origins(records, "hardware"),
         "Platform": origins(records, "platform"),
         "Python": origins(records, "python"),
         "Packages": ", ".join(f"{name} {'/'.join(sorted(versions))}" for name, versions in sorted(packages.items())),
-        "Code (git)": origins(records, "git") + (changed if dirty else ""),
+        "Code (git)": origins(records, "git") + changed,
         "Recipe": ", ".join(sorted({str(record.recipe) for record in records})),
         "Finished": " to ".join(dict.fromkeys((finished[0], finished[-1]))) if finished else "",
+        "Not of one piece": f"{older} records are older than the run that they build on, which was made again after "
+        "them: `retrace run` makes those again whose folder is not in runs/"
+        if older
+        else "",
     }
     return {name: value for name, value in told.items() if value}

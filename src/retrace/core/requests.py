@@ -92,29 +92,23 @@ class GenerationSettings(Sampling):
         )
 
 
-class Responses:
+class Responses(dict[str, Any]):
     """A scorer's answers by request, a line of a file each; without a path they are kept in memory alone."""
 
     def __init__(self, path: Path | None = None) -> None:
+        super().__init__()
         self._path = path
-        self._found: dict[str, Any] = {}
         if path is not None and path.is_file():
             text = path.read_text(encoding="utf-8")
             whole = text[: text.rfind("\n") + 1]  # a killed run may have torn the last line
             if whole != text:
                 write_atomic(path, whole)
-            self._found = dict(json.loads(line) for line in whole.split("\n")[:-1])
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._found
-
-    def __getitem__(self, key: str) -> Any:
-        return self._found[key]
+            self.update(json.loads(line) for line in whole.split("\n")[:-1])
 
     def add(self, answers: Iterable[tuple[str, Any]]) -> None:
         """Keep the answers of a batch: all of them, or after a kill in between some, which are then asked again."""
         answers = list(answers)
-        self._found |= answers
+        self.update(answers)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "a", encoding="utf-8") as file:

@@ -38,6 +38,12 @@ class PaperResults:
     verdicts: Mapping[str, Sequence[Verdict]]
 
     @property
+    def recorded_scales(self) -> list[str]:
+        """The scales that have records, smaller ones first."""
+        found = {record.scale for record in self.records}
+        return [scale for scale in SCALES if scale in found]
+
+    @property
     def judged(self) -> dict[str, Sequence[Verdict]]:
         """The verdicts at those scales that can judge claims and have records."""
         scales = _judging(self.claims, self.records)

@@ -1,14 +1,15 @@
 """Secrets stay in the environment, and what is written stays its owner's.
 
 No config, record, log or error sentence holds a secret: the value of a variable whose name ends in TOKEN, KEY, SECRET
-or PASSWORD, that of the hub's token file, or the user and password of a URL. Nobody else can write what Retrace writes,
-whatever the umask: jobs run code from it.
+or PASSWORD, that of the hub's token file, a password in ~/.netrc, or the user and password of a URL. Nobody else can
+write what Retrace writes, whatever the umask: jobs run code from it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import netrc
 import os
 import re
 import sys
@@ -30,6 +31,8 @@ def known_secrets() -> dict[str, str]:
     folder = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     with contextlib.suppress(OSError, UnicodeDecodeError):  # nobody is logged in
         found["the hub's token file"] = Path(os.environ.get("HF_TOKEN_PATH") or folder / "token").read_text().strip()
+    with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):  # where W&B keeps its key
+        found |= {f"~/.netrc for {host}": entry[2] for host, entry in netrc.netrc().hosts.items() if entry[2]}
     return {name: value for name, value in found.items() if len(value) >= SHORTEST}
 
 

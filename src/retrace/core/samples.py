@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from retrace.core.record import Record
+from retrace.core.record import Label, Record
 
 DIVERGED = "diverged"  # the metric that every finished chain has
 
@@ -94,7 +94,7 @@ class Samples:
         self.scale = scale
         self.chains: dict[str, dict[str, dict[int, Chain]]] = {}
         self.planned = tuple(planned)
-        self._failed = [label for run in planned if run.status == "FAILED" for label in run.labels]
+        self._failed = [Label.parse(text) for run in planned if run.status == "FAILED" for text in run.labels]
         records = list(records)
         self.other_scales = sorted({record.scale for record in records} - {scale})
         self._by_id = {record.id: record for record in records if record.scale == scale}
@@ -121,8 +121,7 @@ class Samples:
         """Seeds of an arm that 'diverged' or 'failed'. A failed run leaves no record; the plan knows of it."""
         chains = self.chains.get(ablation, {}).get(arm, {})
         found = {seed: DIVERGED for seed, chain in chains.items() if chain.diverged}
-        failed = (label.rpartition("/s") for label in self._failed)
-        return found | {int(seed): "failed" for rest, _, seed in failed if rest == f"{ablation}/{arm}"}
+        return found | {int(label.seed): "failed" for label in self._failed if label[:2] == (ablation, arm)}
 
     def notes(self, ablation: str, arm: str, name: str) -> list[Any]:
         """What the runs of an arm have noted under a name, `ctx.notes`, seed by seed."""
@@ -166,12 +165,11 @@ class Samples:
                 runs.setdefault(label, {})[run.id] = run.program
         seen: dict[str, list[Record]] = {}
         for label, group in groups.items():
-            seen.setdefault(label.partition("/")[0], []).extend(group.values())
+            seen.setdefault(Label.parse(label).ablation, []).extend(group.values())
         owners = {ablation: self._owners(records) for ablation, records in seen.items()}
         everything = {ablation: {record.program for record in records} for ablation, records in seen.items()}
         for label, group in sorted(groups.items()):
-            ablation, _, rest = label.partition("/")
-            arm, _, seed = rest.rpartition("/s")
+            ablation, arm, seed = Label.parse(label)
             if not arm or not seed.isdigit():
                 raise ValueError(f"label {label!r} on a record: expected <ablation>/<arm>/s<seed>; delete it and rerun")
             known = runs.get(label, {record.id: record.program for record in group.values()})
@@ -181,7 +179,7 @@ class Samples:
                 complete=(known.keys() if label in runs else everything[ablation]) <= group.keys(),
                 owners=owners[ablation],
                 last=set(last.values()),
-                awaited=accepting.intersection(known) - group.keys(),
+                awaited=accepting.intersection(known).difference(record.id for record in group.values()),
             )
             self.chains.setdefault(ablation, {}).setdefault(arm, {})[int(seed)] = chain
 

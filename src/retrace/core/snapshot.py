@@ -36,7 +36,14 @@ def take(store: Store, *, papers: Collection[str], allow_dirty: bool) -> Path:
     brought = {slug: folder for slug in papers if (folder := package_folder(slug))}
     folders |= {f"src/{paper_packages()[slug].module}": folder for slug, folder in brought.items()}
     sha = commit(PACKAGE)
-    diff = "".join(uncommitted(folder) for folder in folders.values())
+    diffs = {folder: uncommitted(folder) for folder in folders.values()}
+    unknown = [str(folder) for folder, found in diffs.items() if found is None]
+    if unknown and not allow_dirty:
+        raise ValueError(
+            f"{unknown[0]}: git can't tell what differs from the last commit (try `git status` there), and records say "
+            "which code ran: mend that, or submit with --allow-dirty"
+        )
+    diff = "".join(filter(None, diffs.values()))
     refuse_secrets(diff, where="the uncommitted diff")
     if diff and not allow_dirty:
         raise ValueError(
@@ -51,7 +58,7 @@ def take(store: Store, *, papers: Collection[str], allow_dirty: bool) -> Path:
     if target.is_dir():
         os.utime(target)  # so that `prune` sees that it is wanted
     else:
-        code: dict[str, Any] = {"git": sha, "dirty": bool(diff) if sha else None, "diff_sha256": None}
+        code: dict[str, Any] = {"git": sha, "dirty": bool(diff) if sha and not unknown else None, "diff_sha256": None}
         for slug in brought:
             code.setdefault("paper_code", {}).update(paper_code(slug)["paper_code"])
         if diff:

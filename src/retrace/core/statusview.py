@@ -17,7 +17,7 @@ from retrace.core.discovery import papers
 from retrace.core.lookup import known_runs, names
 from retrace.core.plan import RunSpec, plan
 from retrace.core.planview import expected_seconds, shown
-from retrace.core.store import Store
+from retrace.core.store import State, Store
 from retrace.core.units import duration, say
 
 
@@ -70,7 +70,7 @@ def look(specs: Sequence[RunSpec] | None, *, store: Store) -> Status:
     counts: dict[str, int] = {}
     lines: dict[str, str] = {}
     finished: set[str] = set()
-    left: dict[str, float | None] = {}
+    left: dict[str, State] = {}
     live = False
     for run_id, label in labels.items():
         run = store.run(run_id)
@@ -80,10 +80,9 @@ def look(specs: Sequence[RunSpec] | None, *, store: Store) -> Status:
         if state.finished:
             finished.add(run_id)
         else:
-            left[run_id] = state.seconds_left if state.status == "RUNNING" else None
+            left[run_id] = state
             place = squeue.where(run, jobs)
-            last = squeue.submitted(run) if jobs else None
-            live = live or state.status == "RUNNING" or (last is not None and last.id in (jobs or {}))
+            live = live or state.status == "RUNNING" or squeue.queued(run, jobs or {}) is not None
         lines[run_id] = (
             f"{shown(state):<22} {run_id}  {label}  {' '.join(filter(None, (place, state.reason)))}".rstrip()
         )
@@ -95,15 +94,23 @@ def look(specs: Sequence[RunSpec] | None, *, store: Store) -> Status:
 _NO_RUNS = "no runs yet; start with `retrace run PAPER`"
 
 
-def _eta(specs: Sequence[RunSpec] | None, left: Mapping[str, float | None], *, store: Store) -> str:
-    """What is left of all of them, where the speed of every one is known."""
+def _eta(specs: Sequence[RunSpec] | None, left: Mapping[str, State], *, store: Store) -> str:
+    """What is left of all of them, where the speed of every one is known. `left`: how far those are."""
     todo = [spec for spec in specs or () if spec.id in left]
     if not todo:
         return ""
     expected = expected_seconds(todo, store=store)
-    seconds = [expected[spec.id] if left[spec.id] is None else left[spec.id] for spec in todo]
-    wall = makespan(seconds, todo[0].hardware.slots)
-    return f"; ETA {duration(wall)} without the time in the queue" if wall is not None else ""
+    hardware = todo[0].hardware
+    wall = makespan([_seconds_left(left[spec.id], expected[spec.id]) for spec in todo], hardware.slots)
+    waiting = " without the time in the queue" if hardware.slurm else ""
+    return f"; ETA {duration(wall)}{waiting}" if wall is not None else ""
+
+
+def _seconds_left(state: State, expected: float | None) -> float | None:
+    """By its own account while it runs; else of what such a run takes, the share that it has not done."""
+    if state.status == "RUNNING" and state.seconds_left is not None:
+        return state.seconds_left
+    return None if expected is None else expected * (1 - state.step / max(1, state.total))
 
 
 def named_runs(words: Sequence[str], *, store: Store) -> dict[str, str]:
@@ -112,7 +119,7 @@ def named_runs(words: Sequence[str], *, store: Store) -> dict[str, str]:
     A word that begins with a paper's name and a slash, or is one, is a target: its overrides choose among its runs.
     Raises ValueError for a word that names nothing, and for overrides without a target that they could be of.
     """
-    overrides = [word for word in words if "=" in word]
+    overrides = [word for word in words if "=" in word and "/" not in word.partition("=")[0]]  # or it is a label
     asked = [word for word in words if word not in overrides]
     if not asked:
         raise ValueError("no run named: give ids of runs, labels as `retrace status` shows them, or targets")

@@ -16,6 +16,7 @@ Every file is written whole or not at all, so a run killed at any instant leaves
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -31,9 +32,7 @@ from retrace.core.identity import run_id, science
 from retrace.core.lease import Leased
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
-from retrace.core.record import Record
-
-FINISHED = ("DONE", "DIVERGED")
+from retrace.core.record import FINISHED, Record
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,8 @@ class RunDir(Leased):
         try:
             result = read_json(self.path / "result.json") or {"status": "PLANNED"}
             status, reason = result["status"], result.get("reason", "")
+            if status not in (*FINISHED, "PLANNED", "FAILED") or not isinstance(reason, str):
+                raise TypeError
         except ValueError as error:  # one run's trouble, which is told in its line; it is run again
             status, reason = "FAILED", str(error)
         except (TypeError, KeyError):
@@ -116,8 +117,9 @@ class RunDir(Leased):
         return float(self._progress().get("seconds", 0.0))
 
     def _progress(self) -> dict[str, Any]:
-        """How far the run is; it is never fsynced, so a power cut may leave it empty."""
-        return try_json(self.path / "progress.json")
+        """How far the run is, what is a number of it; it is never fsynced, so a power cut may leave it empty."""
+        found = try_json(self.path / "progress.json")
+        return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
     def progress(self, *, step: int, total: int, seconds_left: float | None, seconds: float) -> None:
         """Say how far the run is; no fsync, since the next one follows soon. Raises `Busy` where the lease is lost."""
@@ -170,12 +172,18 @@ class Store:
         return self.results / paper / "pages" / f"{run_id}--{name}.html"
 
     def write_record(self, record: Record) -> None:
-        """Into the run's own folder and into results/, after the pages that it names."""
+        """Into the run's own folder and into results/, after the pages that it names.
+
+        The labels of a record that stands there stay: of a run that is made again, others may still be asked for.
+        """
+        path = self.record_path(record.paper, record.id)
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            record = record.relabelled(tuple(dict.fromkeys((*Record.load(path).labels, *record.labels))))
         for name in record.pages:
             page = self.run(record.id).page_path(name).read_bytes()
             write_atomic(self.page_path(record.paper, record.id, name), page)
-        for path in (self.run(record.id).path / "record.json", self.record_path(record.paper, record.id)):
-            write_atomic(path, record.to_json())
+        for place in (self.run(record.id).path / "record.json", path):
+            write_atomic(place, record.to_json())
 
     def records(self, paper: str) -> list[Record]:
         """Every record of a paper, by id; raises ValueError for a file that is none."""

@@ -34,9 +34,21 @@ def submit(specs: Sequence[RunSpec], *, command: str, allow_dirty: bool, console
     return 1 if summary.skipped or summary.failed else 0
 
 
+def _tell_replaced(specs: Sequence[RunSpec], *, store: Store, console: Console) -> None:
+    """Say it before records of another machine, or of an earlier day, are made again here."""
+    recorded = [spec for spec in specs if store.record_path(spec.paper, spec.id).is_file()]
+    count = sum(not store.run(spec.id).state().finished for spec in recorded)
+    if count:
+        say(
+            console,
+            f"{count} of {len(specs)} runs have a record already and no result here: theirs will take its place",
+        )
+
+
 def sweep(specs: Sequence[RunSpec], *, command: str, console: Console) -> int:
     """Carry out runs on this machine; exit code 0, 1 when some failed or were stopped, 130 after Ctrl-C."""
     store = Store()
+    _tell_replaced(specs, store=store, console=console)
     expected = planview.expected_seconds(specs, store=store)
     with SweepProgress(specs, store=store, console=console, expected=expected) as progress:
         try:

@@ -33,6 +33,7 @@ class Tracker:
         self._main = main
         self._path = run.path / "metrics.jsonl"
         self._mirrors = _open_mirrors(run, spec) if main else []
+        self._size = self._path.stat().st_size if self._path.exists() else 0  # that the log has at least
         self._said = 0.0
         self._began, self._before = time.monotonic(), run.spent()
 
@@ -50,6 +51,7 @@ class Tracker:
         if self._main and source.exists():
             kept = [line for line in read_lines(source) if line["step"] <= step]
             write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._size = self._path.stat().st_size
             self._tell(lambda mirror: mirror.rewind(kept))
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -57,8 +59,10 @@ class Tracker:
         if not self._main:
             return
         known = {key: value for key, value in metrics.items() if value is not None}
+        self._check_size()
         with open(self._path, "a") as file:
             file.write(json.dumps({"step": step, **known}) + "\n")
+        self._size = self._path.stat().st_size
         self._tell(lambda mirror: mirror.log(step, known))
 
     def progress(self, step: int, total: int, *, seconds_left: float | None) -> None:
@@ -70,12 +74,21 @@ class Tracker:
 
     def series(self) -> dict[str, tuple[tuple[int, float], ...]]:
         """Each logged metric as a curve of at most `MAX_POINTS` points."""
+        self._check_size()
         curves: dict[str, list[tuple[int, float]]] = {}
         for line in read_lines(self._path) if self._path.exists() else []:
             step = line.pop("step")
             for key, value in line.items():
                 curves.setdefault(key, []).append((step, value))
         return {key: _thin(curve) for key, curve in curves.items()}
+
+    def _check_size(self) -> None:
+        """Raise ValueError where somebody has deleted or cut the log since: its record would lack the beginning."""
+        if self._size and not (self._path.exists() and self._path.stat().st_size >= self._size):
+            raise ValueError(
+                f"{self._path}: was deleted or cut while the run went on: run it again, and it goes on from its last "
+                "checkpoint, with the log of then"
+            )
 
     def close(self, *, summary: Mapping[str, float], exit_code: int) -> None:
         """End the run with its final metrics, wherever it is shown."""

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -24,13 +25,15 @@ from subprocess import PIPE
 
 from retrace.core.memory import what_to_lower
 from retrace.core.plan import RunSpec
+from retrace.core.record import FINISHED
 from retrace.core.safety import redact
-from retrace.core.store import FINISHED, RunDir
+from retrace.core.store import RunDir
 
 END_SECONDS = 20.0  # that a process has to end, from the moment at which it is of no use any more
 SETTLE_SECONDS = 1.0  # from the first failure of a rank to the news of a signal that may be behind it
 WATCH_SECONDS = 10.0  # between two looks at whether a run is over
 DRAIN_SECONDS = 5.0  # for the last words of a process that has ended
+_OF_A_TASK = re.compile(r"(LOCAL_|GROUP_)?RANK$|(LOCAL_)?WORLD_SIZE$|MASTER_(ADDR|PORT)$|TORCHELASTIC_")
 ASKED = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1, -signal.SIGUSR2, 3)  # how a worker ends that is to stop
 
 
@@ -41,8 +44,8 @@ class Worker:
     WORLD_SIZE, MASTER_ADDR, ... Under Slurm somebody else starts those; here a worker without a task does.
     """
 
-    def __init__(self, *, threads: int, task: Mapping[str, str] | None = None) -> None:
-        self._threads, self._task = threads, task
+    def __init__(self, *, task: Mapping[str, str] | None = None) -> None:
+        self._task = task
         self._process: subprocess.Popen[str] | None = None
         self._errors: deque[str] = deque(maxlen=20)  # the last lines of stderr: the reason, should it die
         self._reader = threading.Thread()
@@ -113,7 +116,7 @@ class Worker:
         if run.state().status == "RUNNING":
             return "BUSY", f"{run.id} is being run by another process"  # said before anything is started
         world, port = spec.hardware.processes, _free_port()
-        self._ranks = [Worker(threads=self._threads, task=_task(rank, world, port)) for rank in range(world)]
+        self._ranks = [Worker(task=_task(rank, world, port)) for rank in range(world)]
         answers: queue.Queue[tuple[int, str, str]] = queue.Queue()
 
         def serve(rank: int, worker: Worker) -> None:
@@ -141,8 +144,11 @@ class Worker:
         return _verdict(heard)
 
     def _start(self, spec: RunSpec) -> subprocess.Popen[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self._threads), "MKL_NUM_THREADS": str(self._threads)}
-        environment |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+        threads = str(spec.hardware.threads)
+        environment = {name: value for name, value in os.environ.items() if not _OF_A_TASK.match(name)}  # of torchrun's
+        environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+        environment["PYTHONSAFEPATH"] = "1"  # a tokenizers.py in the folder of the launcher is not the library
         environment |= self._task or {}
         if self._task is not None and spec.hardware.device == "cpu":
             environment["ACCELERATE_USE_CPU"] = "true"

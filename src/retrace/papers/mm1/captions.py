@@ -101,10 +101,11 @@ CONTRACTIONS = {f"{verb}nt": f"{verb}n't" for verb in NEGATED.split()} | {
 def normalize(answer: str) -> str:
     """As the VQA evaluation describes it: lower case, numbers as digits, no articles, contractions with apostrophes.
 
-    Points stay inside of decimals alone; commas inside of numbers go; other marks but apostrophe and colon are spaces.
+    Points stay in decimals alone (3.5, .5); commas inside of numbers go; other marks but apostrophe and colon are
+    spaces.
     """
     text = re.sub(r"(?<=\d),(?=\d)", "", answer.lower())
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)
+    text = re.sub(r"(?<=[^\W\d]|\.)\.|\.(?!\d)", "", text)  # behind a letter or a point, or before no digit
     text = re.sub(r"[^\w\s':.]|_", " ", text)
     words = (NUMBERS.get(word, word) for word in text.split() if word not in ARTICLES)
     return " ".join(CONTRACTIONS.get(word, word) for word in words)

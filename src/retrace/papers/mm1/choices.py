@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from retrace.core.config import Frozen, data_root
 from retrace.core.optim import Optim
 from retrace.papers.mm1.corpora import CorpusConfig, HubDataset, ImageFolder, LocalShards
-from retrace.papers.mm1.shape import DecoderShape, ImagePooling, VisionShape
+from retrace.papers.mm1.shape import DecoderShape, ImagePooling, VisionShape, check_heads
 from retrace.papers.mm1.world import WorldConfig, vocabulary
 
 SourceName = Literal["caption", "synthetic", "interleaved", "text"]
@@ -26,6 +27,11 @@ class TextTower(Frozen):
     max_tokens: int = Field(ge=4)  # of a caption; longer ones are trimmed
     joint_size: int = Field(ge=1)
     image_pooling: ImagePooling
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        check_heads(self.hidden_size, self.num_heads)
+        return self
 
 
 PARTS_BLOCK = 64  # like images that follow each other where captions are "parts" (parts.py)
@@ -46,6 +52,11 @@ class ScratchEncoder(Frozen):
     text_tower: TextTower
     optim: Optim  # a batch is images
     seed: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        check_heads(self.hidden_size, self.num_heads)
+        return self
 
     @model_validator(mode="after")
     def _batches_lie_in_blocks(self) -> Self:
@@ -81,9 +92,18 @@ class _Weights(Frozen):
         folders = [Path(self.name), *([root / self.name] if root else [])]
         return next((str(path) for path in folders if (path / "config.json").is_file()), self.name)
 
+    def _same(self, key: str, told: Frozen, real: Mapping[str, int]) -> None:
+        """Raise ValueError for a size that the weights do not have: costs would be wrong."""
+        for size, found in real.items():
+            if (given := getattr(told, size)) != found:
+                raise ValueError(f"{key}.{size}={given}: {self.name} has {found}: correct the sizes beside its name")
+
 
 class PretrainedEncoder(_Weights):
-    """CLIP's or SigLIP's image tower; its sizes are for counting FLOPs and bytes."""
+    """CLIP's, SigLIP's or AIMv2's image tower; its sizes are for counting FLOPs and bytes.
+
+    The three matrices of an AIMv2's MLP count as two that are half again as wide.
+    """
 
     kind: Literal["pretrained"]
     patch_size: int = Field(ge=1)
@@ -96,6 +116,17 @@ class PretrainedEncoder(_Weights):
         """Its sizes at a resolution."""
         sizes = self.model_dump(exclude={"kind", "name", "revision"})
         return VisionShape(image_size=image_size, **sizes)
+
+    def check_sizes(self, real: Any) -> None:
+        """Raise ValueError where `real`, the config of transformers that the weights have, has other sizes."""
+        gated = real.model_type.startswith("aimv2")
+        sizes = {
+            "patch_size": real.patch_size,
+            "hidden_size": real.hidden_size,
+            "num_layers": real.num_hidden_layers,
+            "intermediate_size": real.intermediate_size * 3 // 2 if gated else real.intermediate_size,
+        }
+        self._same("encoder", self, sizes)
 
 
 class ScratchDecoder(Frozen):
@@ -115,6 +146,17 @@ class PretrainedDecoder(_Weights):
     kind: Literal["pretrained"]
     shape: DecoderShape
     vocab_size: int = Field(ge=1)
+
+    def check_sizes(self, real: Any) -> None:
+        """Raise ValueError where `real`, the config of transformers that the weights have, has other sizes."""
+        sizes = {
+            "hidden_size": real.hidden_size,
+            "num_layers": real.num_hidden_layers,
+            "num_heads": real.num_attention_heads,
+            "num_kv_heads": real.num_key_value_heads,
+            "intermediate_size": real.intermediate_size,
+        }
+        self._same("decoder.shape", self.shape, sizes)
 
 
 Encoder = Annotated[ScratchEncoder | PretrainedEncoder, Field(discriminator="kind")]

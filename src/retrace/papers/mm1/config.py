@@ -186,12 +186,41 @@ class MM1Config(Experiment):
 
     @model_validator(mode="after")
     def _tokens_fit_the_grid(self) -> Self:
-        grid, tokens = self.vision.grid, self.connector.num_tokens
-        if self.connector.kind != "attention_pool" and tokens > grid * grid:
+        patch, tokens = self.vision.patch_size, self.connector.num_tokens
+        sides = [(f"image_size={self.image_size}", self.image_size)]
+        if (tuned := self.finetune) is not None:
+            halved = " halved by sub_images" if tuned.sub_images else ""
+            sides.append((f"finetune.image_size={tuned.image_size}{halved}", tuned.encoder_size))
+        for said, side in sides:
+            if side % patch:
+                raise ValueError(f"{said} is no multiple of encoder.patch_size={patch}: choose one that is")
+            grid = side // patch
+            if self.connector.kind != "attention_pool" and tokens > grid * grid:
+                raise ValueError(
+                    f"connector.num_tokens={tokens}: {said} in patches of {patch} gives {grid}x{grid} of them: use at "
+                    f"most {grid * grid} tokens, or kind attention_pool"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _patches_predict_others(self) -> Self:
+        encoder = self.encoder
+        if isinstance(encoder, ScratchEncoder) and encoder.objective == "reconstructive" and self.vision.grid == 1:
             raise ValueError(
-                f"connector.num_tokens={tokens}: image_size={self.image_size} in patches of {self.vision.patch_size} "
-                f"gives {grid}x{grid} of them: use at most {grid * grid} tokens, or kind attention_pool"
+                f"encoder.objective=reconstructive with image_size={self.image_size}: an image is one patch, and none "
+                f"is left to predict: use {2 * encoder.patch_size} pixels or more, or smaller patches"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_to_demonstrate(self) -> Self:
+        most = max(self.eval.shots)
+        for name, task in self.data.tasks.items() if isinstance(self.data, Corpora) else ():
+            if task.num_train < most:
+                raise ValueError(
+                    f"eval.shots={[*self.eval.shots]}: data.tasks.{name}.num_train={task.num_train} items are all that "
+                    "demonstrations are drawn from: ask for fewer shots, or take more items"
+                )
         return self
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ from retrace.core.data import derive_seed
 from retrace.papers.mm1.encoder import interpolated
 from retrace.papers.mm1.shape import ConnectorShape
 
-EPSILON = 1e-6  # of LayerNorm over channels
+EPSILON = 1e-6  # of attention's LayerNorm over channels
 SQUEEZE = 0.25  # of a bottleneck's input channels
 HEAD_SIZE, LEAST_HEADS = 64, 4
 
@@ -66,20 +66,20 @@ class AttentionPool(nn.Module):
 class Bottleneck(nn.Module):
     """RegNet's block: 1x1, depth-wise 3x3, squeeze and excite, 1x1, shortcut; SiLU and LayerNorm over channels."""
 
-    def __init__(self, in_size: int, out_size: int) -> None:
+    def __init__(self, in_size: int, out_size: int, *, epsilon: float) -> None:
         super().__init__()
         squeezed = round(SQUEEZE * in_size)
         self.reduce = nn.Linear(in_size, out_size, bias=False)
-        self.reduce_norm = nn.LayerNorm(out_size, eps=EPSILON)
+        self.reduce_norm = nn.LayerNorm(out_size, eps=epsilon)
         self.mix = nn.Conv2d(out_size, out_size, 3, padding=1, groups=out_size, bias=False)
-        self.mix_norm = nn.LayerNorm(out_size, eps=EPSILON)
+        self.mix_norm = nn.LayerNorm(out_size, eps=epsilon)
         self.squeeze = nn.Linear(out_size, squeezed)
         self.excite = nn.Linear(squeezed, out_size)
         self.expand = nn.Linear(out_size, out_size, bias=False)
-        self.expand_norm = nn.LayerNorm(out_size, eps=EPSILON)
+        self.expand_norm = nn.LayerNorm(out_size, eps=epsilon)
         self.shortcut: nn.Module = nn.Identity()
         if in_size != out_size:
-            self.shortcut = nn.Sequential(nn.Linear(in_size, out_size, bias=False), nn.LayerNorm(out_size, eps=EPSILON))
+            self.shortcut = nn.Sequential(nn.Linear(in_size, out_size, bias=False), nn.LayerNorm(out_size, eps=epsilon))
 
     def forward(self, map_MggD: Tensor) -> Tensor:
         """(M, g, g, H)."""
@@ -94,21 +94,24 @@ class Bottleneck(nn.Module):
 class CAbstractor(nn.Module):
     """Honeybee's locality-keeping abstractor, `depth` bottlenecks on either side of the pooling."""
 
-    def __init__(self, side: int, *, grid: int, depth: int, in_size: int, hidden_size: int, out_size: int) -> None:
+    def __init__(
+        self, side: int, *, grid: int, depth: int, epsilon: float, in_size: int, hidden_size: int, out_size: int
+    ) -> None:
         super().__init__()
         self.side = side
         self.positions = nn.Parameter(torch.empty(grid * grid, in_size).normal_(std=0.02)) if depth else None
         inner = hidden_size if depth else in_size
         sizes = [in_size] + [inner] * (2 * depth)
-        blocks = [Bottleneck(before, after) for before, after in pairwise(sizes)]
+        blocks = [Bottleneck(before, after, epsilon=epsilon) for before, after in pairwise(sizes)]
         self.before, self.behind = nn.Sequential(*blocks[:depth]), nn.Sequential(*blocks[depth:])
         self.read_out = nn.Sequential(nn.Linear(inner, out_size), nn.SiLU(), nn.Linear(out_size, out_size))
 
     @torch.no_grad()
     def resize(self, grid: int) -> None:
-        """Positions for another grid from now on, to be trained there."""
+        """Positions for another grid from now on, to be trained there; frozen ones stay frozen."""
         if self.positions is not None:
-            self.positions = nn.Parameter(interpolated(self.positions, grid=grid).clone())
+            found, trained = interpolated(self.positions, grid=grid).clone(), self.positions.requires_grad
+            self.positions = nn.Parameter(found, requires_grad=trained)
 
     def forward(self, features_MPD: Tensor) -> Tensor:
         """(M, N, C)."""
@@ -139,7 +142,7 @@ def build_connector(shape: ConnectorShape, *, grid: int, in_size: int, out_size:
     if shape.kind == "average_pool":
         return AveragePool(side, in_size=in_size, out_size=out_size)
     sizes = {"in_size": in_size, "hidden_size": shape.hidden_size, "out_size": out_size}
-    return CAbstractor(side, grid=grid, depth=shape.depth, **sizes)
+    return CAbstractor(side, grid=grid, depth=shape.depth, epsilon=shape.norm_epsilon, **sizes)
 
 
 def pooled(map_MggD: Tensor, side: int) -> Tensor:

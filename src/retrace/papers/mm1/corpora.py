@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
+import os
 import tarfile
+import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -25,10 +26,11 @@ from pydantic import Field
 
 from retrace.core.config import Frozen, data_root
 from retrace.core.tasks import open_stream, require_hub
+from retrace.papers.mm1.lines import EndsEarly, Row, json_lines
 
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "json"}
-HEAD = 1 << 16  # bytes of a file that its fingerprint reads
-Row = Mapping[str, Any]
+TEXTS = (".txt", ".json", ".jsonl", ".csv")  # read whole by a fingerprint
+ENDS = 1 << 16  # bytes of any other file that it reads at either end
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,6 @@ class Shard:
 
     name: str
     rows: Callable[[int], Iterator[Row]]
-
-
-class EndsEarly(Exception):
-    """A shard is damaged behind the rows that it has given."""
 
 
 class _Corpus(Frozen):
@@ -95,7 +93,7 @@ class ImageFolder(_Corpus):
             if not listed.is_file():
                 continue
             try:
-                given = list(_json_lines(listed, 0))
+                given = list(json_lines(listed, 0))
             except EndsEarly as error:
                 raise ValueError(f"{listed}: {error}: write it anew") from error
             return [{**row, key: str(folder / str(row[named]))} if named in row else row for row in given]
@@ -121,7 +119,7 @@ class LocalShards(_Corpus):
     def files(self) -> list[Path]:
         """Raises ValueError where there are none, or of several or unknown kinds."""
         root = _root(self.pattern)
-        files = sorted(Path(file) for file in glob.glob(str(root / self.pattern), recursive=True))
+        files = sorted(root / file for file in glob.glob(self.pattern, root_dir=root, recursive=True))
         kinds = {file.suffix for file in files}
         if len(kinds) != 1 or not kinds <= BUILDERS.keys():
             found = f"{len(files)} files ({', '.join(sorted(kinds))})" if files else "no file"
@@ -197,20 +195,41 @@ def check(config: ImageFolder | LocalShards | HubDataset) -> None:
 
 
 def require_fields(config: ImageFolder | LocalShards | HubDataset, row: Row, *, name: str) -> None:
-    """Raise ValueError for a field that the row lacks."""
+    """Raise ValueError for a field that the row lacks, and for a text that is none, nor a list of texts, nor null."""
     for field in config.fields:
         if field not in row:
             has = ", ".join(sorted(key for key in row if not key.startswith("__")))
             raise ValueError(f"{name}: no field {field!r} in a row of a {config.document}; its fields are: {has}")
+    text = row[config.text_field]
+    if any(not isinstance(part, str | None) for part in (text if isinstance(text, list) else [text])):
+        raise ValueError(
+            f"{name}: {config.text_field}={str(text)[:60]}: expected a text or a list of texts: rewrite the file so"
+        )
 
 
 def fingerprint(config: ImageFolder | LocalShards | HubDataset) -> str:
-    """Twelve hex digits over the names, sizes and beginnings of the local files: part of a run's identity."""
+    """Twelve hex digits of the local files: part of a run's identity.
+
+    Of the names, the sizes and what is in them: all of a text, the beginning and the end of any other.
+    """
     digest = hashlib.sha256()
     for file in config.files():
-        with open(file, "rb") as opened:
-            digest.update(f"{file.parent.name}/{file.name}/{file.stat().st_size}/".encode() + opened.read(HEAD))
+        stat = file.stat()
+        settled = time.time_ns() - stat.st_mtime_ns > 10**9  # else a file may change again at the same time
+        content = (_content if settled else _content.__wrapped__)(file, stat.st_size, stat.st_mtime_ns)
+        digest.update(f"{file.parent.name}/{file.name}/{stat.st_size}/".encode() + content)
     return digest.hexdigest()[:12]
+
+
+@lru_cache(maxsize=1 << 16)  # each run of an ablation asks for the same files
+def _content(file: Path, size: int, changed_ns: int) -> bytes:  # noqa: ARG001
+    """Digest of what a fingerprint reads of a file of that size and time of change."""
+    with open(file, "rb") as opened:
+        if file.suffix.lower() in TEXTS or size <= 2 * ENDS:
+            return hashlib.file_digest(opened, "sha256").digest()
+        head = opened.read(ENDS)
+        opened.seek(-ENDS, os.SEEK_END)
+        return hashlib.sha256(head + opened.read()).digest()
 
 
 def _caption(file: Path) -> str:
@@ -238,7 +257,8 @@ def _open(file: Path) -> Any:
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     WebDataset.DECODERS.pop("pth", None)  # it would unpickle tensors, if only such; as bytes they harm nobody
-    stream = datasets.load_dataset(BUILDERS[file.suffix], data_files=[str(file)], split="train", streaming=True)
+    named = [glob.escape(str(file))]
+    stream = datasets.load_dataset(BUILDERS[file.suffix], data_files=named, split="train", streaming=True)
     return _undecoded(stream)
 
 
@@ -249,7 +269,7 @@ def _undecoded(stream: Any) -> Any:
 def _file_rows(file: Path, start: int) -> Iterator[Row]:
     """Rows of one file. Raises EndsEarly where it is damaged behind them."""
     if file.suffix == ".jsonl":
-        yield from _json_lines(file, start)
+        yield from json_lines(file, start)
         return
     import datasets
 
@@ -264,24 +284,6 @@ def _file_rows(file: Path, start: int) -> Iterator[Row]:
         raise EndsEarly(_reason(error)) from error
     except (tarfile.TarError, EOFError, OSError, zlib.error, datasets.exceptions.DatasetsError) as error:
         raise EndsEarly(_reason(error)) from error
-
-
-def _json_lines(file: Path, start: int) -> Iterator[Row]:
-    with open(file, encoding="utf-8") as lines:
-        found = 0
-        for number, line in enumerate(lines, start=1):
-            found += bool(line.strip())
-            if found <= start or not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                if line.endswith("\n"):
-                    raise ValueError(f"{file}: line {number} is not JSON: {error}") from None
-                raise EndsEarly(f"line {number} is torn") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}: line {number} is no object with fields: {line[:40].strip()}")
-            yield {**row, "__folder__": str(file.parent)}
 
 
 def _reason(error: Exception) -> str:

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from retrace.core.data import shuffled
-from retrace.papers.mm1.corpora import EndsEarly, HubDataset, ImageFolder, LocalShards, Row
+from retrace.papers.mm1.corpora import HubDataset, ImageFolder, LocalShards
+from retrace.papers.mm1.lines import EndsEarly, Row
 from retrace.papers.mm1.packing import Draft, Picture
 from retrace.papers.mm1.photos import Photos
 from retrace.papers.mm1.rows import Piece
 
 log = logging.getLogger(__name__)
+
+
+def is_said(text: Any) -> TypeGuard[str]:
+    """Whether it is a text, and not blank."""
+    return isinstance(text, str) and bool(text.strip())
+
+
+def plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens of a text without the special ones that it names: "<image>" in it is no image, "<eos>" ends nothing."""
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}  # a word that is not known is one that is said
+    special |= {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    return tuple(token for token in tokenizer.encode(text, add_special_tokens=False) if token not in special)
+
+
+def warn_of_end(name: str, number: int, error: EndsEarly) -> None:
+    """Say that a shard is damaged behind its first `number` rows."""
+    log.warning("%s: ends early, behind %d rows (%s): the run goes on without the rest", name, number, error)
 
 
 class CorpusSource:
@@ -26,10 +44,9 @@ class CorpusSource:
         config: ImageFolder | LocalShards | HubDataset,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        image_id: int,
         seed: int,
     ) -> None:
-        self.config, self.tokenizer, self.image_id, self.seed = config, tokenizer, image_id, seed
+        self.config, self.tokenizer, self.seed = config, tokenizer, seed
         self._shards = config.shards()
         self._short: dict[str, int] = {}  # shard that ends early -> its rows
         self._why = "they are empty"
@@ -73,9 +90,7 @@ class CorpusSource:
                 number += 1
         except EndsEarly as error:
             if name not in self._short:
-                log.warning(
-                    "%s: ends early, behind %d rows (%s): the run goes on without the rest", name, number, error
-                )
+                warn_of_end(name, number, error)
             self._short[name], self._why = number, str(error)
 
     def _draft(self, row: Row, name: str) -> Draft | None:
@@ -96,11 +111,10 @@ class CorpusSource:
         elif config.document == "text":
             parts += self._pieces(text)
         else:
-            asked = (
-                self._pieces(f"{row[config.question_field]}\n", learned=False)
-                if config.document == "instruction"
-                else []
-            )
+            asked: list[Piece] = []
+            if config.document == "instruction":
+                question = row[config.question_field]
+                asked = self._pieces(f"{question}\n", learned=False) if is_said(question) else []
             said = self._pieces(text)
             parts = [Picture((image, folder)), *asked, *said] if said else []
         if not any(isinstance(part, Piece) for part in parts):
@@ -110,11 +124,9 @@ class CorpusSource:
         return Draft([*opening, *parts, Piece((self.tokenizer.eos_token_id,))], config.document)
 
     def _pieces(self, text: Any, *, learned: bool = True) -> list[Piece]:
-        """A text as one piece, or none; what a text says of images by their token is not an image."""
-        if not isinstance(text, str) or not text.strip():
-            return []
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return [Piece(tuple(token for token in ids if token != self.image_id), learned=learned)]
+        """A text as one piece, or none."""
+        ids = plain_ids(text, self.tokenizer) if is_said(text) else ()
+        return [Piece(ids, learned=learned)] if ids else []
 
     def _note_empty(self, mark: tuple[int, int, int], shard: str) -> None:
         if not self._empty:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from retrace.core.cost import COMPUTED, FP32, Cost, Memory
 from retrace.core.cost import DecoderShape as Counted
 from retrace.core.optim import Optim, Precision
-from retrace.papers.mm1.choices import Corpora, vocab_size
+from retrace.papers.mm1.choices import Corpora, TextTower, vocab_size
 from retrace.papers.mm1.config import SUB_IMAGES, Rows
 from retrace.papers.mm1.program_configs import (
     ChooseConfig,
@@ -33,18 +33,33 @@ EPISODE_TEXT = 32  # positions of an episode that are no image
 Model = PretrainConfig | FinetuneConfig | EvaluateConfig
 
 
+def patch_layers(shape: VisionShape) -> list[tuple[int, int]]:
+    """Of the layers that make patches of pixels: matrix elements, and places of an image that go through them."""
+    size, patch, side, channels = shape.hidden_size, shape.patch_size, shape.image_size, 3
+    layers: list[tuple[int, int]] = []
+    while shape.conv_stem and patch % 2 == 0:
+        patch, side = patch // 2, side // 2
+        layers.append((9 * channels * size, side**2))
+        channels = size
+    return [*layers, (patch**2 * channels * size, shape.grid**2)]
+
+
+def layer_parameters(shape: VisionShape | TextTower) -> int:
+    """Matrix elements of one layer of an encoder."""
+    return 4 * shape.hidden_size**2 + 2 * shape.hidden_size * shape.intermediate_size
+
+
 def vision_parameters(shape: VisionShape) -> int:
-    """Elements of the matrices of the layers, and of the patch embedding as one linear layer."""
-    size = shape.hidden_size
-    layer = 4 * size**2 + 2 * size * shape.intermediate_size
-    return shape.num_layers * layer + 3 * shape.patch_size**2 * size
+    """Matrix elements, those of a convolutional stem too."""
+    return shape.num_layers * layer_parameters(shape) + sum(count for count, _ in patch_layers(shape))
 
 
 def vision_flops(shape: VisionShape) -> float:
     """One image, forward."""
     patches = shape.grid**2
     attention = 4 * shape.num_layers * shape.hidden_size * patches**2
-    return 2.0 * vision_parameters(shape) * patches + attention
+    stem = sum(2.0 * count * places for count, places in patch_layers(shape))
+    return stem + 2.0 * shape.num_layers * layer_parameters(shape) * patches + attention
 
 
 def connector_parameters(shape: ConnectorShape, *, in_size: int, out_size: int) -> tuple[int, int]:
@@ -123,10 +138,11 @@ def pretrain_encoder(config: EncoderConfig) -> Cost:
     flops, count = vision_flops(vision), vision_parameters(vision)
     if config.encoder.objective == "contrastive":
         tower = config.encoder.text_tower
-        layer = 4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
-        own = tower.num_layers * layer
-        flops += 2.0 * own * tower.max_tokens
-        count += own
+        own = tower.num_layers * layer_parameters(tower)
+        seen_by_patch = vision.grid**2 if tower.image_pooling == "mean_and_patches" else 0
+        joint = tower.joint_size * (tower.hidden_size + vision.hidden_size * (1 + seen_by_patch))  # once an image
+        flops += 2.0 * (own * tower.max_tokens + joint)
+        count += own + joint
         tokens = images * tower.max_tokens
     else:
         head = 4 * vision.hidden_size**2 + 12 * vision.hidden_size * vision.patch_size**2
@@ -151,19 +167,33 @@ def pretrain(config: PretrainConfig) -> Cost:
     """Tokens are positions of text and images."""
     weights = config.pretrain.mixture.weights
     share = 1.0 - weights.get("text", 0.0)
-    return _joint(config, config.pretrain.optim, config.pretrain.rows, share, trained=config.pretrain.trained)
+    images = row_images(config.pretrain.rows, config.connector.num_tokens)
+    return _joint(config, config.pretrain.optim, config.pretrain.rows, images, share, trained=config.pretrain.trained)
 
 
 def finetune(config: FinetuneConfig) -> Cost:
     """As the pre-training, on rows with images alone."""
-    return _joint(config, config.finetune.optim, config.finetune.rows, 1.0, trained=config.finetune.trained)
+    tuned = config.finetune
+    images = row_images(tuned.rows, config.connector.num_tokens, sub_images=tuned.sub_images)
+    return _joint(config, tuned.optim, tuned.rows, images, 1.0, trained=tuned.trained)
+
+
+def row_images(rows: Rows, num_tokens: int, *, sub_images: bool = False) -> int:
+    """The most images of a row, as the encoder gets them; one that was cut from a long document may have no text."""
+    each = SUB_IMAGES if sub_images else 1
+    return each * min(rows.max_images, rows.seq_len // (each * num_tokens))
 
 
 def _joint(
-    config: PretrainConfig | FinetuneConfig, optim: Optim, rows: Rows, share: float, *, trained: tuple[str, ...]
+    config: PretrainConfig | FinetuneConfig,
+    optim: Optim,
+    rows: Rows,
+    per_row: int,
+    share: float,
+    *,
+    trained: tuple[str, ...],
 ) -> Cost:
     sizes, seqs = parameters(config), optim.steps * optim.batch_size
-    per_row = min(rows.max_images, rows.seq_len // (config.connector.num_tokens + 1))  # as the encoder gets them
     text = rows.seq_len - share * per_row * config.connector.num_tokens
     flops = forward_flops(config, tokens=rows.seq_len, keys=(rows.seq_len + 1) / 2, logits=text, images=share * per_row)
     shape = counted(config.decoder.shape, vocab_size(config.data, config.decoder))
@@ -236,8 +266,10 @@ def _memory(
     kept = again = 0.0
     if vision is not None:
         layer = size * patches * (KEPT_VISION * vision.hidden_size + 2 * vision.intermediate_size)
-        kept += vision.num_layers * layer
-        again += vision.num_layers * size * patches * vision.hidden_size + layer
+        places = sum(places for _, places in patch_layers(vision)[:-1]) / vision.grid**2  # of a stem, for each patch
+        stem = 2 * size * patches * places * vision.hidden_size  # before and behind each GELU
+        kept += vision.num_layers * layer + stem
+        again += vision.num_layers * size * patches * vision.hidden_size + layer + stem
     if decoder is not None:
         layer = size * tokens * (KEPT_DECODER * decoder.hidden_size + 3 * decoder.intermediate_size)
         logits = FP32 * LOGIT_COPIES * min(tokens * decoder.vocab_size, 2**27)

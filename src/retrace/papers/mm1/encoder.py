@@ -224,7 +224,7 @@ def _pixels(name: str, *, revision: str, kind: str) -> tuple[Sequence[float], Se
 def resized(encoder: VisionEncoder, image_size: int) -> VisionEncoder:
     """The same encoder for another resolution, its positions interpolated bicubically, for training there (2.4).
 
-    Raises ValueError for a size that the patches do not divide.
+    What is frozen stays frozen. Raises ValueError for a size that the patches do not divide.
     """
     if image_size == encoder.image_size:
         return encoder
@@ -242,6 +242,9 @@ def resized(encoder: VisionEncoder, image_size: int) -> VisionEncoder:
     tensors[name] = torch.cat([tensors[name][:extra], patches])
     fresh.to(patches.dtype).load_state_dict(tensors)
     fresh.mean, fresh.std = encoder.mean, encoder.std  # as they were, whatever the dtype
+    frozen = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
+    for name, parameter in fresh.named_parameters():
+        parameter.requires_grad_(name not in frozen)
     return fresh
 
 

@@ -29,7 +29,7 @@ from retrace.papers.mm1.model import MultimodalModel
 from retrace.papers.mm1.pretrained import load_model
 from retrace.papers.mm1.program_configs import EvaluateConfig
 from retrace.papers.mm1.rows import Piece
-from retrace.papers.mm1.sources import image_id, load_tokenizer
+from retrace.papers.mm1.sources import load_tokenizer
 from retrace.papers.mm1.subimages import split_images
 from retrace.papers.mm1.textcore import TextScorer
 from retrace.papers.mm1.world import WorldConfig
@@ -89,11 +89,28 @@ def evaluate(config: EvaluateConfig, ctx: Context) -> dict[str, float]:
     if isinstance(config.data, WorldConfig):
         metrics |= _grounded(metrics)
     skipped = sum(score.num_skipped for score in scores)
+    without_text = sum(score.num_without_text for score in scores)
     if skipped:
         ctx.notes["episodes_skipped"] = skipped
-    used = cost.evaluate(config)
-    ctx.cost.update(tokens=used.tokens, flops=used.flops)
+    if without_text:
+        ctx.notes["episodes_without_text"] = without_text
+    ctx.cost.update(**_used(config, scores))
     return metrics
+
+
+def _used(config: EvaluateConfig, scores: Sequence[Scores]) -> dict[str, float]:
+    """Tokens and FLOPs: of procedural tasks as planned, of real data, whose size no plan knows, of what was asked."""
+    if isinstance(config.data, WorldConfig):
+        planned = cost.evaluate(config)
+        return {"tokens": planned.tokens, "flops": planned.flops}
+    tokens, flops = 0, 0.0
+    for score in (score for score in scores if score.num_asked):
+        images = score.num_asked * cost.prompt_images(config, score.shots)
+        positions = images * config.connector.num_tokens + score.num_text
+        counted = {"keys": positions / score.num_asked / 2, "logits": score.num_asked * cost.EPISODE_TEXT}
+        tokens += positions
+        flops += cost.forward_flops(config, tokens=positions, images=images, **counted)
+    return {"tokens": tokens, "flops": flops}
 
 
 def _warn_of_positions(config: EvaluateConfig, model: MultimodalModel, ctx: Context) -> None:
@@ -122,16 +139,20 @@ def image_task(
     name: str, task: ImageTask, asked: Evaluation, tokenizer: PreTrainedTokenizerBase, *, image_size: int
 ) -> Task:
     """A benchmark: demonstrations from its training split, in the paper's prompt form; items are read as they come."""
-    files = CorpusSource(task.test, tokenizer, image_id=image_id(tokenizer), seed=asked.seed)
+    files = CorpusSource(task.test, tokenizer, seed=asked.seed)
     most = max(asked.shots)
 
     def episodes(shots: int) -> Iterator[fewshot.Episode]:
-        shown = list(islice(read_items(task.train), task.num_train)) if shots else []
+        pool = (item for item in read_items(task.train) if item.answers)
+        shown = list(islice(pool, task.num_train)) if shots else []
         items = sampled(read_items(task.test), task.limit, key=f"items/{asked.seed}/{name}")
-        return with_demonstrations(shown, items, shots=shots, most=most, seed=asked.seed)
+        return with_demonstrations(shown, items, shots=shots, most=most, seed=asked.seed, readable=readable)
 
     def load(pictures: Sequence[Any]) -> list[Tensor | None]:
         return files.load(pictures, image_size=image_size)
+
+    def readable(item: fewshot.Item) -> bool:
+        return load([item.picture])[0] is not None
 
     captions = task.form == "caption"
     form = fewshot.CAPTION if captions else fewshot.VQA

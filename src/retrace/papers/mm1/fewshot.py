@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from statistics import fmean
 from typing import Any, Literal, Protocol
@@ -13,7 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from retrace.papers.mm1.captions import cider, vqa_accuracy
-from retrace.papers.mm1.corpora import EndsEarly, HubDataset, ImageFolder, LocalShards, require_fields
+from retrace.papers.mm1.corpora import HubDataset, ImageFolder, LocalShards, require_fields
+from retrace.papers.mm1.corpus_source import is_said, plain_ids
+from retrace.papers.mm1.lines import EndsEarly
 from retrace.papers.mm1.packing import Picture
 from retrace.papers.mm1.rows import Piece
 
@@ -38,7 +41,10 @@ class Answerer(Protocol):
 
 @dataclass(frozen=True)
 class Item:
-    """A picture or none, what is asked, and the answers that people gave; the first is that of a demonstration."""
+    """A picture or none, what is asked, and the answers that people gave; the first is that of a demonstration.
+
+    One without answers can't be asked.
+    """
 
     picture: Picture | None
     answers: tuple[str, ...]
@@ -95,6 +101,9 @@ class Scores:
     metrics: dict[str, float]
     items: list[dict[str, Any]] = field(default_factory=list)
     num_skipped: int = 0  # episodes with a picture that can't be read
+    num_without_text: int = 0  # and those that say nothing, or ask nothing
+    num_asked: int = 0
+    num_text: int = 0  # positions of the prompts that are no image
 
     @property
     def main(self) -> float:
@@ -108,16 +117,22 @@ def evaluate(
     """Ask all episodes of a task. Raises ValueError where none can be asked."""
     answers: list[str] = []
     asked: list[Item] = []
-    skipped = 0
+    skipped = without_text = num_text = 0
     episodes = iter(task.episodes(shots))
     while batch := list(islice(episodes, batch_size)):
-        prompts = list(_prompts(task, batch, tokenizer))
-        kept = [(prompt, episode.query) for prompt, episode in zip(prompts, batch, strict=True) if prompt is not None]
-        skipped += len(batch) - len(kept)
+        said = [episode for episode in batch if episode.query.answers]
+        without_text += len(batch) - len(said)
+        prompts = list(_prompts(task, said, tokenizer))
+        kept = [(prompt, episode.query) for prompt, episode in zip(prompts, said, strict=True) if prompt is not None]
+        skipped += len(said) - len(kept)
+        num_text += sum(len(piece.token_ids) for prompt, _ in kept for piece in prompt)
         asked += [replace(query, picture=None) for _, query in kept]  # which may be the bytes of a file
         answers += answer(task.form, answerer, [prompt for prompt, _ in kept], tokenizer=tokenizer)
     if not asked:
-        raise ValueError(f"{task.name}: no episode of {shots} shots can be asked; {skipped} have unreadable pictures")
+        raise ValueError(
+            f"{task.name}: no episode of {shots} shots can be asked; {skipped} have unreadable pictures, and "
+            f"{without_text} no text: mend the data"
+        )
     scores = task.score(answers, asked)
     items = [
         {"question": item.question, "wanted": item.answers[0], "answer": given}
@@ -125,7 +140,7 @@ def evaluate(
         for number, (item, given) in enumerate(zip(asked, answers, strict=True))
     ]
     metrics = {f"{task.name}_{shots}/{metric}": fmean(values) for metric, values in scores.items()}
-    return Scores(task.name, task.group, shots, metrics, items, skipped)
+    return Scores(task.name, task.group, shots, metrics, items, skipped, without_text, len(asked), num_text)
 
 
 def answer(
@@ -161,8 +176,8 @@ def _prompts(
                 image = next(loaded)
                 readable = readable and image is not None
                 prompt.append(Piece(image=image))
-            ids = tokenizer.encode(task.form.text(item, answered=answered), add_special_tokens=False)
-            prompt += [Piece(tuple(ids), learned=False)] if ids else []
+            ids = plain_ids(task.form.text(item, answered=answered), tokenizer)
+            prompt += [Piece(ids, learned=False)] if ids else []
         yield prompt if readable else None
 
 
@@ -179,17 +194,43 @@ def group_means(scores: Sequence[Scores]) -> dict[str, float]:
 
 
 def with_demonstrations(
-    train: Sequence[Item], test: Iterable[Item], *, shots: int, most: int, seed: int
+    train: Sequence[Item],
+    test: Iterable[Item],
+    *,
+    shots: int,
+    most: int,
+    seed: int,
+    readable: Callable[[Item], bool],
 ) -> Iterator[Episode]:
     """Each test item behind `shots` different items of `train`; more shots, up to `most`, begin with those of fewer.
 
-    Raises ValueError where there are fewer than that.
+    Another is drawn for one that is not `readable`, which is asked once of each: it takes no test item with it.
+    Raises ValueError where too few are left.
     """
     if shots and len(train) < most:
         raise ValueError(f"{most} shots are asked for, and the training split has {len(train)} items: ask for fewer")
+    can_read = cache(lambda index: readable(train[index]))
     for number, query in enumerate(test):
-        drawn = random.Random(f"demonstrations/{seed}/{number}").sample(range(len(train)), most) if shots else []
-        yield Episode(tuple(train[index] for index in drawn[:shots]), query)
+        rng = random.Random(f"demonstrations/{seed}/{number}")
+        drawn = _draw(rng, len(train), shots=shots, most=most, can_read=can_read) if shots else []
+        yield Episode(tuple(train[index] for index in drawn), query)
+
+
+def _draw(rng: random.Random, num_items: int, *, shots: int, most: int, can_read: Callable[[int], bool]) -> list[int]:
+    """The first `shots` of `most` different numbers of items, another one for each that can't be read."""
+    drawn = rng.sample(range(num_items), most)
+    taken = set(drawn)
+    for place in range(shots):
+        while not can_read(drawn[place]):
+            if len(taken) == num_items:
+                raise ValueError(
+                    f"{most} shots are asked for, and fewer of the training split's {num_items} items can be read: "
+                    "mend their pictures, or ask for fewer"
+                )
+            while drawn[place] in taken:
+                drawn[place] = rng.randrange(num_items)
+            taken.add(drawn[place])
+    return drawn[:shots]
 
 
 def sampled(items: Iterable[Item], limit: int | None, *, key: str) -> Iterator[Item]:
@@ -208,14 +249,19 @@ def sampled(items: Iterable[Item], limit: int | None, *, key: str) -> Iterator[I
 
 
 def read_items(config: ImageFolder | LocalShards | HubDataset) -> Iterator[Item]:
-    """Captions ("caption") or questions ("instruction") of a corpus, in its order; a text may be a list of answers."""
+    """Captions ("caption") or questions ("instruction") of a corpus, in its order; a text may be a list of answers.
+
+    Blank answers are left out, and all of them where nothing is asked. Raises ValueError for a row of other fields.
+    """
+    asks = config.document == "instruction"
     for shard in config.shards():
         try:
-            for row in shard.rows(0):
-                require_fields(config, row, name=shard.name)
-                given = row[config.text_field]
-                answers = tuple(given) if isinstance(given, list) else (str(given),)
-                question = str(row[config.question_field]) if config.document == "instruction" else ""
+            for number, row in enumerate(shard.rows(0)):
+                require_fields(config, row, name=f"{shard.name}: row {number}")
+                given, question = row[config.text_field], row[config.question_field] if asks else ""
+                if asks and not is_said(question):
+                    given, question = None, ""
+                answers = tuple(text for text in (given if isinstance(given, list) else [given]) if is_said(text))
                 yield Item(Picture((row[config.image_field], row.get("__folder__", ""))), answers, question)
         except EndsEarly as error:
             raise ValueError(

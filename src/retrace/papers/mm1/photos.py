@@ -81,7 +81,8 @@ def load_image(file: Any, *, image_size: int) -> Tensor:
     """An image file (path, bytes, or a row's {"bytes", "path"}) as (3, R, R) in 0..1.
 
     Upright as its EXIF data says, in RGB, resized to a square without regard to its sides (Section 2.1; the policy is
-    not published), antialiased. Raises ValueError where there is no file, else whatever its decoder does.
+    not published), antialiased. Raises ValueError where there is no file or no known white, else whatever its decoder
+    does.
     """
     if isinstance(file, dict):
         file = file["bytes"] if file.get("bytes") is not None else file.get("path")
@@ -90,9 +91,22 @@ def load_image(file: Any, *, image_size: int) -> Tensor:
     if isinstance(file, str) and file.startswith(("http:", "https:")):
         raise ValueError("a link and no image: fetch the images first")
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
-        upright = ImageOps.exif_transpose(opened).convert("RGB")
-    resized = upright.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 255
+        upright = ImageOps.exif_transpose(opened)
+    white = _white(upright)
+    plain = upright.convert("RGB" if white == 255 else "F")  # to RGB, 16 bits would be clipped at 255
+    resized = plain.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(resized).copy()).view(image_size, image_size, -1).permute(2, 0, 1)
+    return (pixels.float() / white).clamp(0, 1).expand(3, -1, -1)
+
+
+def _white(image: Image.Image) -> int:
+    """The value of white: 255, or 65535 in gray of 16 bits. Raises ValueError where none is known."""
+    if not image.mode.startswith(("I", "F")):
+        return 255
+    values = np.asarray(image.convert("F"))
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels are no numbers of 8 or 16 bits: save it as RGB")
+    return 65535
 
 
 def _try(picture: Picture, image_size: int) -> Tensor | Exception:

@@ -252,7 +252,7 @@ def _encoder(config: PretrainConfig, ctx: Context) -> VisionEncoder:
     if isinstance(config.encoder, PretrainedEncoder):
         chosen = config.encoder
         loaded = load_encoder(chosen.place(), image_size=config.image_size, revision=chosen.revision, dtype=dtype)
-        _same_size("encoder", chosen.name, loaded.hidden_size, chosen.hidden_size)
+        chosen.check_sizes(loaded.trunk.config)
         note_commit(ctx.notes, chosen.place(), revision=chosen.revision)
         return loaded
     found = from_pretrained(ctx.parents["encoder"].path / MODEL, dtype=dtype)
@@ -268,7 +268,7 @@ def _decoder(config: PretrainConfig, ctx: Context) -> Decoder:
         chosen = config.decoder
         new: dict[str, Any] = {"experts": experts, "vocab_size": rows, "seed": config.seed}
         read = load_decoder(chosen.place(), revision=chosen.revision, dtype=dtype, **new)
-        _same_size("decoder.shape", chosen.name, read.hidden_size, chosen.shape.hidden_size)
+        chosen.check_sizes(read.trunk.config)
         note_commit(ctx.notes, chosen.place(), revision=chosen.revision)
         return read
     found = from_pretrained(ctx.parents["decoder"].path / MODEL, dtype=dtype)
@@ -278,12 +278,6 @@ def _decoder(config: PretrainConfig, ctx: Context) -> Decoder:
     torch.manual_seed(derive_seed(config.seed, "experts"))
     add_experts(found.trunk, experts, copied=True)
     return Decoder(found.trunk, experts=experts)
-
-
-def _same_size(key: str, name: str, real: int, told: int) -> None:
-    """Raise ValueError for a config that tells another size than the weights have: its costs would be wrong."""
-    if real != told:
-        raise ValueError(f"{key}.hidden_size={told}: {name} has {real}: correct the sizes beside its name")
 
 
 def _group(name: str, model: nn.Module, optim: Optim) -> Group:

@@ -46,6 +46,7 @@ class ConnectorShape(Frozen):
     num_tokens: int = Field(ge=1)  # that an image takes in the decoder's sequence
     hidden_size: int = Field(ge=1)  # inside of the C-Abstractor; others do not use it
     depth: int = Field(ge=0)  # bottlenecks before the pooling, and as many behind; 0: pooling and a two-layer read-out
+    norm_epsilon: float = Field(1e-5, gt=0)  # of the bottlenecks' norms; Honeybee's, that is timm's, have the default
 
     @model_validator(mode="after")
     def _tokens_make_a_grid(self) -> Self:
@@ -74,6 +75,18 @@ class ExpertsShape(Frozen):
         return self
 
 
+def check_heads(hidden_size: int, num_heads: int, *, even: bool = False) -> None:
+    """Raise ValueError for heads that are not of one size, or not of an `even` one, as rotary positions need."""
+    step = 2 * num_heads if even else num_heads
+    if hidden_size % step:
+        near = max(1, round(hidden_size / step)) * step
+        size = "one even size" if even else "one size"
+        raise ValueError(
+            f"hidden_size={hidden_size} with num_heads={num_heads}: expected a multiple of {step}, for heads of "
+            f"{size}: use {near}, or other heads"
+        )
+
+
 class DecoderShape(Frozen):
     """A Llama-like causal decoder."""
 
@@ -83,6 +96,15 @@ class DecoderShape(Frozen):
     num_kv_heads: int = Field(ge=1)
     intermediate_size: int = Field(ge=1)
     experts: ExpertsShape | None = None
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        check_heads(self.hidden_size, self.num_heads, even=True)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} with num_heads={self.num_heads}: expected a number that divides it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _some_layer_has_experts(self) -> Self:

@@ -6,7 +6,8 @@ Shapes: B rows, L positions, M images, R pixels a side.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -21,8 +22,10 @@ from retrace.core.optim import Optim
 from retrace.core.weights import load_pretrained
 from retrace.papers.mm1.choices import Corpora, PretrainedDecoder, ScratchDecoder, SourceName
 from retrace.papers.mm1.config import SUB_IMAGES, Rows
-from retrace.papers.mm1.corpus_source import CorpusSource
+from retrace.papers.mm1.corpora import HubDataset, ImageFolder, LocalShards
+from retrace.papers.mm1.corpus_source import CorpusSource, is_said, warn_of_end
 from retrace.papers.mm1.documents import Kind, ProceduralSource, build_tokenizer
+from retrace.papers.mm1.lines import EndsEarly
 from retrace.papers.mm1.mixture import Mixture
 from retrace.papers.mm1.packing import Window
 from retrace.papers.mm1.parts import PartsSource, WordsSource
@@ -32,22 +35,41 @@ from retrace.papers.mm1.world import IMAGE, PAD, WorldConfig
 
 TOKENIZER, MARKS, WORDS = "tokenizer", "marks", "_words"
 BatchOf = Callable[[range], Mapping[str, Tensor]]
+log = logging.getLogger(__name__)
 
 
 def train_tokenizer(data: Corpora) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the corpus' text; raises ValueError where there is too little of it."""
-    corpus = data.sources["text"]
-    rows = (row for shard in corpus.shards() for row in shard.rows(0))
-    texts = (str(row[corpus.text_field]) for row in itertools.islice(rows, data.num_bpe_documents))
     return train_bpe(
-        texts,
+        itertools.islice(_texts(data.sources["text"]), data.num_bpe_documents),
         vocab_size=data.vocab_size,
-        key="data.vocab_size",
+        key="photos.vocab_size (without data=${photos}: data.vocab_size)",
         pad_token=PAD,
         bos_token="<bos>",
         eos_token="<eos>",
         additional_special_tokens=[IMAGE],
     )
+
+
+def _texts(corpus: ImageFolder | LocalShards | HubDataset) -> Iterator[str]:
+    """The texts of a corpus, where training finds some too."""
+    blank = 0
+    for shard in corpus.shards():
+        number = 0
+        try:
+            for row in shard.rows(0):
+                number += 1
+                text = row.get(corpus.text_field)
+                if is_said(text):
+                    yield text
+                    continue
+                if not blank:
+                    log.warning("%s: row %d has no text: left out; others are only counted", shard.name, number - 1)
+                blank += 1
+        except EndsEarly as error:
+            warn_of_end(shard.name, number, error)
+    if blank > 1:
+        log.warning("%d rows have no text: the tokenizer is trained without them", blank)
 
 
 def load_tokenizer(
@@ -94,7 +116,7 @@ def source(
         return ProceduralSource(data, cast(Kind, name), derive_seed(seed, purpose))
     corpus = data.instruction if name == "instruction" else data.sources[cast(SourceName, name)]
     assert corpus is not None, "the config was checked"
-    return CorpusSource(corpus, tokenizer, image_id=image_id(tokenizer), seed=derive_seed(seed, purpose))
+    return CorpusSource(corpus, tokenizer, seed=derive_seed(seed, purpose))
 
 
 def window_of(

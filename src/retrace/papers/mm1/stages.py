@@ -7,6 +7,7 @@ Encoders and decoders are shared by all experiments that make them alike; pretra
 
 from __future__ import annotations
 
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from retrace.core.weights import require_weights
 from retrace.papers.mm1 import corpora, cost
 from retrace.papers.mm1.choices import (
     Corpora,
+    ImageTask,
     PretrainedDecoder,
     PretrainedEncoder,
     ScratchDecoder,
     ScratchEncoder,
 )
 from retrace.papers.mm1.config import TASKS, Decoders, MM1Config, Rates
+from retrace.papers.mm1.corpora import HubDataset
+from retrace.papers.mm1.lines import EndsEarly
 from retrace.papers.mm1.program_configs import (
     ChooseConfig,
     DecoderConfig,
@@ -153,9 +157,27 @@ def check(config: MM1Config) -> None:
         for name, corpus in every.items():
             if name not in unused:
                 corpora.check(corpus)
+        for name, task in c.data.tasks.items():
+            _check_demonstrations(name, task, c.eval.shots)
     validate_tasks(c.eval.text_tasks, tasks_dir=TASKS, data_dir=data_root(), generated={}, probe_hub=True)
     for part in (c.encoder, c.decoder):
         if isinstance(part, PretrainedEncoder | PretrainedDecoder):
             require_weights(Path(part.place()))
             if not Path(part.place()).is_dir():
                 require_hub(part.name, "download it where it can be reached, and name the folder instead")
+
+
+def _check_demonstrations(name: str, task: ImageTask, shots: tuple[int, ...]) -> None:
+    """Raise ValueError for more shots than a training split on this machine has items; reads no more than those."""
+    if isinstance(task.train, HubDataset):
+        return  # its rows would be fetched
+    rows = chain.from_iterable(shard.rows(0) for shard in task.train.shards())
+    try:
+        found = len(list(islice(rows, max(shots))))
+    except EndsEarly as error:
+        raise ValueError(f"data.tasks.{name}.train: ends early ({error}): get it anew") from error
+    if found < max(shots):
+        raise ValueError(
+            f"eval.shots={[*shots]}: data.tasks.{name}.train has {found} items to take demonstrations from: ask for "
+            "fewer shots, or add some"
+        )
