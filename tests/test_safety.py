@@ -388,10 +388,10 @@ def test_snapshots_that_no_job_needs_are_removed_and_the_others_stay(tmp_path: P
         (path / "src").mkdir(parents=True)
         os.utime(path, (time.time() - age, time.time() - age))
     runs = [store.run("a"), store.run("b")]
-    squeue.note(runs[0], job="1_0", logs=tmp_path, snapshot=needed)
-    squeue.note(runs[0], job="2_0", logs=tmp_path, snapshot=fresh)  # resubmitted: the first job is still there
-    squeue.note(runs[1], job="3_0", logs=tmp_path, snapshot=ended)
-    jobs = {"1_0": squeue.QueuedJob("1_0", "RUNNING", 0, "n1", "")}
+    squeue.note(runs[0], job="1_0", name="retrace-1", logs=tmp_path, snapshot=needed)
+    squeue.note(runs[0], job="2_0", name="retrace-2", logs=tmp_path, snapshot=fresh)  # the first is still there
+    squeue.note(runs[1], job="3_0", name="retrace-3", logs=tmp_path, snapshot=ended)
+    jobs = {"1_0": squeue.QueuedJob("1_0", "RUNNING", 0, "n1", "", "retrace-1")}
     assert snapshot.prune(store, needed=squeue.needed_snapshots(runs, jobs)) == [ended]
     assert needed.is_dir()
     assert fresh.is_dir()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +23,7 @@ from retrace.core import squeue
 from retrace.core.config import Hardware, read_yaml, validate
 from retrace.core.plan import RunSpec, plan
 from retrace.core.record import Record
+from retrace.core.slurm import Slurm
 from retrace.core.store import RunDir, Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -314,12 +318,128 @@ def test_a_preemption_by_sigterm_with_a_grace_time_requeues_the_job_and_what_bui
 
 def test_a_preempted_job_is_not_in_the_queue_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm shows it for minutes; a run whose job was cancelled by a preemption is submitted again."""
-    jobs = (("7_0", "PREEMPTED"), ("7_1", "RUNNING"))
-    lines = "".join(f"{job:<40}{state:<20}{'0':<8}{'n1':<60}{'None':<60}\\n" for job, state in jobs)
-    (tmp_path / "squeue").write_text(f"#!/bin/sh\nprintf '{lines}'\n")
-    (tmp_path / "squeue").chmod(0o700)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    commands(tmp_path, monkeypatch, ("retrace-a", "7_0", "PREEMPTED"), ("retrace-a", "7_1", "RUNNING"))
     assert list(squeue.queue() or ()) == ["7_1"]
+
+
+def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, *jobs: tuple[str, str, str]) -> Path:
+    """Put in the way a squeue that shows these jobs (name, id, state) and a scancel; where that writes its ids."""
+    lines = "".join(f"{name:<20}{job:<40}{state:<20}{'0':<8}{'n1':<60}{'None':<60}\n" for name, job, state in jobs)
+    cancelled = folder / "cancelled"
+    for name, script in (("squeue", f"cat <<'END'\n{lines}END\n"), ("scancel", f'echo "$@" >> {cancelled}\n')):
+        (folder / name).write_text(f"#!/bin/sh\n{script}")
+        (folder / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return cancelled
+
+
+def note(run: RunDir, *, job: str, name: str) -> None:
+    squeue.note(run, job=job, name=name, logs=run.path.parent / ".slurm", snapshot=run.path)
+
+
+def test_any_noted_job_that_is_in_the_queue_counts_and_cancel_takes_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = (("retrace-a", "7", "RUNNING"), ("retrace-b", "8", "PENDING"), ("sleep", "9", "RUNNING"))
+    cancelled = commands(tmp_path, monkeypatch, *shown)
+    store = Store(tmp_path)
+    run = store.run("quietstar-pretrain-1")
+    for job, name in (("7", "retrace-a"), ("8", "retrace-b"), ("6", "retrace-c")):  # the last one has ended
+        note(run, job=job, name=name)
+    jobs = squeue.queue()
+    assert jobs is not None
+    assert list(jobs) == ["7", "8"]  # and not a job of the user's own
+    assert squeue.queued(run, jobs) == jobs["8"]
+    assert squeue.where(run, jobs) == "job 8 pending"
+    assert squeue.cancel([run], store=store) == {
+        run.id: "job 8 cancelled, it was pending; job 7 cancelled, it was running"
+    }
+    assert cancelled.read_text().split() == ["8", "7"]
+
+
+def test_a_job_of_another_cluster_with_the_same_id_is_not_taken_for_the_noted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled = commands(tmp_path, monkeypatch, ("retrace-here", "7", "RUNNING"))
+    store = Store(tmp_path)
+    there, nameless = store.run("quietstar-pretrain-1"), store.run("quietstar-pretrain-2")
+    note(there, job="7", name="retrace-there")
+    nameless.path.mkdir()
+    entry = {"job": "7", "logs": str(tmp_path), "snapshot": str(tmp_path)}
+    (nameless.path / "slurm.json").write_text(json.dumps([entry]))
+    jobs = squeue.queue() or {}
+    for run in (there, nameless):
+        assert squeue.queued(run, jobs) is None
+        assert squeue.where(run, jobs).startswith("job 7 has ended without a result")
+    assert squeue.cancel([there, nameless], store=store) == dict.fromkeys(
+        (there.id, nameless.id), "has no job in the queue"
+    )
+    assert not cancelled.exists()
+
+
+def test_cancel_names_the_unfinished_runs_that_nobody_asked_to_cancel_and_that_shared_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled = commands(tmp_path, monkeypatch, ("retrace-a", "11", "PENDING"))
+    store = Store(tmp_path)
+    runs = [store.run(f"quietstar-pretrain-{i}") for i in range(6)]
+    for run in runs:
+        note(run, job="11", name="retrace-a")
+    runs[5].finish("DONE")
+    told = "job 11 cancelled, it was pending"
+    four = "; it also held 4 other runs: " + ", ".join(run.id for run in runs[1:4]) + ", ..."
+    assert squeue.cancel(runs[:1], store=store) == {runs[0].id: told + four}
+    three = f"; it also held 1 other run: {runs[4].id}"
+    assert squeue.cancel(runs[:4], store=store) == {run.id: told + three for run in runs[:4]}
+    assert squeue.cancel(runs[:5], store=store) == {run.id: told for run in runs[:5]}
+    assert cancelled.read_text().split() == ["11"] * 3
+
+
+def test_a_percent_sign_in_the_home_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    home = tmp_path / "100%"
+    with pytest.raises(ValueError, match="RETRACE_HOME=.*/100%: .* expected a path without one: set RETRACE_HOME"):
+        Slurm(Store(home), command="test").run(plan(["quietstar/main"], [*SMALL, "seed=0", "hardware=slurm_1gpu"]))
+    assert not home.exists()
+
+
+def test_a_disk_without_locks_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    commands(tmp_path, monkeypatch)
+    assert Slurm(Store(tmp_path), command="test").run([]).queued == {}
+
+
+def test_two_launchers_at_once_submit_each_run_once(desk: Desk) -> None:
+    command = [sys.executable, "-m", "retrace.cli", "run", "quietstar/main", *SMALL, "seed=0", ON_SLURM]
+    command += ["hardware.slurm.extra=[--hold]"]
+    launchers = [
+        subprocess.Popen(command, cwd=desk.checkout, env=desk.environment, text=True, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for launcher in launchers:
+        assert "3 in the queue as 3 jobs" in launcher.communicate(timeout=120)[0]
+    assert len(desk.queued()) == 3
+    noted = [json.loads(path.read_text()) for path in (desk.home / "runs").glob("*/slurm.json")]
+    assert [len(jobs) for jobs in noted] == [1, 1, 1]
+
+
+def test_a_run_that_somebody_carries_out_here_is_left_alone_with_what_builds_on_it(desk: Desk) -> None:
+    spec = pretraining([*SMALL, "seed=0"])
+    run = Store(desk.home).run(spec.id)
+    run.freeze(spec, command="here")
+    before = (run.path / "config.json").read_bytes()
+    sweep = ["run", "quietstar/main", *SMALL, "seed=0,1", ON_SLURM, "hardware.slurm.extra=[--hold]"]
+    with run.lease():
+        done = desk.retrace(*sweep, ok=False)
+    assert done.returncode == 1
+    assert "6 runs: 0 finished before, 3 in the queue as 3 jobs" in done.stdout
+    assert f"{run.id}: is running on {socket.gethostname()}:{os.getpid()} already" in done.stdout
+    assert f": builds on {run.id}, which is not in the queue" in done.stdout
+    assert (run.path / "config.json").read_bytes() == before
+    assert len(desk.queued()) == 3
+    assert "6 in the queue" in desk.retrace(*sweep).stdout
 
 
 @pytest.mark.slow

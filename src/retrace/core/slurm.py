@@ -9,6 +9,8 @@ preemption sends no more than SIGTERM, which reaches the run and not the job: Sl
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shlex
 import signal
@@ -26,7 +28,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from retrace.core import snapshot, squeue
 from retrace.core.config import Hardware, SlurmJobs
 from retrace.core.launch import BUSY_SECONDS, Summary, depths, unfinished
-from retrace.core.lease import LEASE_SECONDS
+from retrace.core.lease import LEASE_SECONDS, NO_LOCKS
 from retrace.core.plan import RunSpec
 from retrace.core.safety import own_folder, redact
 from retrace.core.store import RunDir, Store
@@ -44,22 +46,31 @@ class Slurm:
         self._store = store
         self._command = command
         self._allow_dirty = allow_dirty
+        self._logs = (store.runs / ".slurm").absolute()
 
     def run(self, specs: Sequence[RunSpec]) -> Summary:
-        """Submit all runs that are neither finished nor in the queue.
+        """Submit all runs that are neither finished nor in the queue, and that nobody carries out elsewhere.
 
-        Raises ValueError where Slurm does not answer or refuses, and where the code is not committed.
+        Raises ValueError where Slurm does not answer, refuses or would misread the path of its logs, and where the code
+        is not committed.
         """
+        if "%" in str(self._logs):
+            raise ValueError(
+                f"RETRACE_HOME={self._logs.parents[1]}: Slurm reads % in the path of its logs as a code of its own; "
+                "expected a path without one: set RETRACE_HOME to it"
+            )
+        own_folder(self._logs)
+        with _one_at_a_time(self._logs):
+            return self._submit_new(specs)
+
+    def _submit_new(self, specs: Sequence[RunSpec]) -> Summary:
+        """What `run` does once no other launcher is at it."""
         summary = Summary()
         waiting = unfinished(specs, store=self._store, summary=summary)
         jobs = squeue.queue()
         if jobs is None:
             raise ValueError("squeue: Slurm does not answer here; try `sinfo`, or run with hardware=cpu or gpu1")
-        for run_id in waiting:
-            last = squeue.submitted(self._store.run(run_id))
-            if last is not None and last.id in jobs:
-                summary.queued[run_id] = last.id
-        new = {run_id: spec for run_id, spec in waiting.items() if run_id not in summary.queued}
+        new = self._new(waiting, jobs, summary)
         if not new:
             return summary
         papers = sorted({spec.paper for spec in specs})
@@ -71,20 +82,37 @@ class Slurm:
             parents = {parent for spec in group for parent in spec.parents.values()}
             after = [*arrays, *sorted({summary.queued[p] for p in parents if p in summary.queued and p not in new})]
             arrays.append(self._submit(group, after=after, code=code, summary=summary))
-        submitted = [RunDir(path.parent) for path in self._store.runs.glob("*/slurm.json")]
+        submitted = squeue.noted_runs(self._store)
         snapshot.prune(self._store, needed={code, *squeue.needed_snapshots(submitted, jobs)})
         return summary
+
+    def _new(self, waiting: Mapping[str, RunSpec], jobs: squeue.Queue, summary: Summary) -> dict[str, RunSpec]:
+        """The runs to submit. Of those that are in the queue or held elsewhere, and what builds on these, it tells."""
+        held: dict[str, str] = {}
+        for run_id, spec in waiting.items():
+            run = self._store.run(run_id)
+            parent = next((parent for parent in spec.parents.values() if parent in held), None)
+            if job := squeue.queued(run, jobs):
+                summary.queued[run_id] = job.id
+            elif holder := run.holder():  # what it has frozen stays as it is
+                held[run_id] = f"is running on {holder} already, as no job of this queue: run again when it has ended"
+            elif parent is not None:
+                held[run_id] = f"builds on {parent}, which is not in the queue: run again when that has ended"
+        summary.failed |= held
+        left_alone = {*summary.queued, *held}
+        return {run_id: spec for run_id, spec in waiting.items() if run_id not in left_alone}
 
     def _submit(self, specs: Sequence[RunSpec], *, after: Sequence[str], code: Path, summary: Summary) -> str:
         """One array; returns its id."""
         asked = specs[0].hardware.slurm
         assert asked is not None
-        logs = own_folder((self._store.runs / ".slurm").absolute())
-        executor = SlurmExecutor(folder=logs, max_num_timeout=asked.max_requeues)
-        executor.update_parameters(**_options(specs[0], asked, after=after))
-        executor.update_parameters(setup=[_only_ours(logs), *asked.setup, *self._environment(code)])
+        name = squeue.new_name()
+        executor = SlurmExecutor(folder=self._logs, max_num_timeout=asked.max_requeues)
+        executor.update_parameters(job_name=name, **_options(specs[0], asked, after=after))
+        executor.update_parameters(setup=[_only_ours(self._logs), *asked.setup, *self._environment(code)])
         packs = [specs[i : i + asked.runs_per_job] for i in range(0, len(specs), asked.runs_per_job)]
         home = str(self._store.runs.parent.absolute())
+        os.environ.pop("SBATCH_JOB_NAME", None)  # it would take the place of ours
         try:
             with executor.batch():
                 jobs = [
@@ -103,7 +131,8 @@ class Slurm:
             raise ValueError(f"sbatch refused the jobs of hardware={specs[0].hardware.name}: {reason}") from None
         for job, pack in zip(jobs, packs, strict=True):
             for spec in pack:
-                squeue.note(self._store.run(spec.id), job=job.job_id, logs=logs, snapshot=code)
+                run = self._store.run(spec.id)
+                squeue.note(run, job=job.job_id, name=name, logs=self._logs, snapshot=code)
                 summary.queued[spec.id] = job.job_id
         return str(jobs[0].job_id).partition("_")[0]
 
@@ -117,6 +146,18 @@ class Slurm:
         lines = [f"export {name}={shlex.quote(str(value))}" for name, value in variables.items()]
         source = shlex.quote(str(code / "src"))
         return [*lines, f'export PYTHONPATH={source}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait for other launchers: two that look at the queue and then submit would submit each run twice."""
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:  # a disk without locks does without
+                raise
+        yield
 
 
 def _only_ours(folder: Path) -> str:
@@ -146,7 +187,6 @@ def _options(spec: RunSpec, asked: SlurmJobs, *, after: Sequence[str]) -> dict[s
     tasks = hardware.processes // asked.nodes
     extra = {key: value or True for key, _, value in (text.removeprefix("--").partition("=") for text in asked.extra)}
     options: dict[str, Any] = {
-        "job_name": squeue.JOB_NAME,
         "partition": asked.partition,
         "account": asked.account,
         "qos": asked.qos,
@@ -236,7 +276,7 @@ class Job:
             if found != "DONE" and not (found == "DIVERGED" and spec.accepts_diverged):
                 return "FAILED", f"it builds on {parent}, which is {found} and has no result; `retrace run` tries again"
         if self.worker is None:
-            self.worker = Worker(threads=spec.hardware.threads, task=_task())
+            self.worker = Worker(task=_task())
         began = time.monotonic()
         status, reason = self.worker.run(spec, run.path)
         while status == "BUSY" and not self.stopping and time.monotonic() - began < LEASE_SECONDS + 30:
