@@ -39,10 +39,7 @@ def _tell_replaced(specs: Sequence[RunSpec], *, store: Store, console: Console) 
     recorded = [spec for spec in specs if store.record_path(spec.paper, spec.id).is_file()]
     count = sum(not store.run(spec.id).state().finished for spec in recorded)
     if count:
-        say(
-            console,
-            f"{count} of {len(specs)} runs have a record already and no result here: theirs will take its place",
-        )
+        say(console, f"{count} of {len(specs)} runs have a record made elsewhere: what comes out here takes its place")
 
 
 def sweep(specs: Sequence[RunSpec], *, command: str, console: Console) -> int:
