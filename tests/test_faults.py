@@ -260,3 +260,12 @@ def test_ranks_and_modules_of_the_launchers_surroundings_are_not_those_of_its_wo
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list((home / "results" / "quietstar" / "records").glob("*.json"))) == 3
+
+
+def test_before_records_of_elsewhere_are_replaced_it_is_said(home: Path, retrace: Run) -> None:
+    arguments = ["run", "quietstar/main", *SMALL]
+    assert "made elsewhere" not in retrace(*arguments).stdout
+    assert "made elsewhere" not in retrace(*arguments).stdout  # nothing to do
+    shutil.rmtree(home / "runs")
+    again = retrace(*arguments).stdout
+    assert "3 of 3 runs have a record made elsewhere: what comes out here takes its place" in again

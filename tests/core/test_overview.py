@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,3 +53,21 @@ def test_reporting_without_a_paper_writes_the_overview_also_where_nothing_was_ru
     assert done.returncode == 0, done.stderr
     assert "No claim is judged yet." in (home / "results" / "README.md").read_text()
     assert (home / "results" / "index.html").is_file()
+
+
+def test_a_report_of_a_scale_without_records_is_refused_and_the_one_that_is_there_stays(
+    home: Path, retrace: Run
+) -> None:
+    folder = home / "results" / "quietstar"
+    (folder / "records").mkdir(parents=True)
+    committed = Path(__file__).resolve().parents[2] / "results" / "quietstar" / "records"
+    shutil.copy(min(committed.glob("*.json")), folder / "records")
+    assert retrace("report", "quietstar").returncode == 0
+    before = (folder / "index.html").read_bytes()
+    refused = retrace("report", "quietstar", "--scale", "gpu")
+    assert refused.returncode == 2
+    assert "--scale gpu: quietstar has no records of that scale; there are records of: laptop" in refused.stderr
+    all_papers = retrace("report", "--scale", "gpu")
+    assert all_papers.returncode == 0, all_papers.stderr
+    assert "quietstar: no records at scale gpu, so its report stays as it is" in all_papers.stdout
+    assert (folder / "index.html").read_bytes() == before

@@ -16,6 +16,7 @@ from retrace.core.paper import Paper
 from retrace.core.plan import Ablation, RunSpec
 from retrace.core.record import Record
 from retrace.core.report import build_report
+from retrace.core.reportruns import origin
 from retrace.core.results import PaperResults, judge_paper
 from retrace.core.store import Store
 from retrace.core.tracking import Tracker
@@ -134,3 +135,16 @@ def test_a_report_without_pages_says_nothing_of_them(tmp_path: Path) -> None:
     for name in ("index.html", "REPORT.md"):
         assert "pages/" not in (tmp_path / name).read_text()
         assert "Look inside" not in (tmp_path / name).read_text()
+
+
+def test_records_older_than_what_they_build_on_are_told() -> None:
+    base, child = record("demo-base-1"), record("demo-evaluate-2")
+
+    def told(first: str, second: str) -> str:
+        old = base.model_copy(update={"provenance": {"finished": first}})
+        new = child.model_copy(update={"parents": {"model": base.id}, "provenance": {"finished": second}})
+        return origin([old, new]).get("Not of one piece", "")
+
+    assert told("2026-11-28T10:00:00+00:00", "2026-11-28T11:00:00+00:00") == ""
+    assert told("2026-11-28T12:00:00+00:00", "2026-11-28T11:00:00+00:00").startswith("1 records are older than")
+    assert told("2026-11-28T12:00:00+00:00", "") == ""  # not known

@@ -11,7 +11,7 @@ from rich.console import Console
 from retrace.core import statusview
 from retrace.core.plan import RunSpec, plan
 from retrace.core.statusview import named_runs
-from retrace.core.store import Store
+from retrace.core.store import State, Store
 
 TARGET, SCALES = "quietstar/main", ("scale=smoke", "scale=laptop")
 
@@ -69,3 +69,11 @@ def test_watching_goes_on_where_no_run_is_under_way_for_a_moment(store: Store, m
     monkeypatch.setattr(statusview, "look", look)
     statusview.watch(None, store=store, console=Console(file=io.StringIO()), every=0.0)
     assert not list(looks)
+
+
+def test_of_a_run_that_was_stopped_only_the_rest_is_left() -> None:
+    left = statusview._seconds_left
+    assert left(State("PLANNED", step=3, total=4), 100.0) == 25.0
+    assert left(State("PLANNED"), 100.0) == 100.0
+    assert left(State("RUNNING", step=3, total=4, seconds_left=7.0), 100.0) == 7.0
+    assert left(State("PLANNED", step=3, total=4), None) is None

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Run
 from multimodal import carry_out
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -410,3 +411,19 @@ def test_a_fine_tuning_on_sub_images_counts_all_that_the_encoder_gets() -> None:
     optim = config.finetune.optim  # rows of 40 positions hold two images of five times four tokens
     full = cost.forward_flops(config, tokens=40, keys=20.5, logits=0, images=10)
     assert cost.finetune(config).flops == cost.TRAIN * optim.steps * optim.batch_size * full
+
+
+@pytest.mark.parametrize(
+    ("arm", "advice"),
+    [
+        (
+            "m30b",
+            "6 of 6 runs DO NOT FIT into 80 GB: lower micro_batch_size, or an evaluation's batch_size, and/or shard",
+        ),
+        ("m7b_experts", "need larger GPUs: what each has whole"),
+    ],
+)
+def test_the_advice_for_runs_that_do_not_fit_can_be_followed(arm: str, advice: str, retrace: Run) -> None:
+    shown = retrace("plan", f"mm1/recipes/{arm}", "scale=paper", "hardware=gpu8").stdout
+    assert advice in shown
+    assert "activation_checkpointing=true" not in shown  # gpu8 has it

@@ -151,15 +151,12 @@ def _memory(specs: Sequence[RunSpec], costs: Mapping[str, Cost], hardware: Hardw
         return f"{text}; all runs fit into {hardware.memory_gb:g} GB"
     spread = hardware.model_copy(update={"shard": True, "processes": 4096})  # where next to nothing is left to share
     whole = sum(costs[spec.id].state_bytes(spread) / 1e9 + LIBRARIES / 1e9 > hardware.memory_gb for spec in large)
-    ways = ["lower micro_batch_size"]
+    able = len(large) - whole
+    ways = ["lower micro_batch_size, or an evaluation's batch_size"]
     ways += [] if hardware.activation_checkpointing else ["set hardware.activation_checkpointing=true"]
-    ways += ["shard over more GPUs"] if whole < len(large) else []
-    advice = f": {' or '.join(ways)}" if whole < len(large) else ""
-    advice += (
-        f"; {whole} of them need larger GPUs, since what a process has whole (docs/plan.md) is too much"
-        if whole
-        else ""
-    )
+    ways += ["shard over more GPUs"] if any(costs[spec.id].shared for spec in large) else []
+    advice = f": {', and/or '.join(ways)}" if able else ""
+    advice += f"; {whole} of them need larger GPUs: what each has whole (docs/plan.md) is too much" if whole else ""
     return f"{text}; {len(large)} of {len(specs)} runs DO NOT FIT into {hardware.memory_gb:g} GB{advice}"
 
 
