@@ -195,34 +195,14 @@ def report(
     from datetime import UTC, datetime
 
     gc.disable()  # of what thousands of records become nothing is garbage, and looking takes a tenth of the time
-    from retrace.core.outlook import outlooks
-    from retrace.core.report import build_overview, build_report, print_verdicts
-    from retrace.core.results import load_results, scales_of
+    from retrace.core.report import report_papers
     from retrace.core.store import Store
 
     for slug in slugs or ():
         if "=" in slug or "/" in slug:
             raise ValueError(f"{slug}: `report` takes papers and --scale, as in retrace report quietstar --scale gpu")
         load_paper(slug)
-    store, now = Store(), datetime.now(UTC)
-    asked = slugs or [slug for slug in papers() if store.has_records(slug)]
-    shown = [slug for slug in papers() if slug in asked or (store.results / slug).is_dir()]
-    known = {slug: load_results(slug, store=store, scale=scale if slug in asked else None) for slug in shown}
-    without = [slug for slug in asked if known[slug].records and scale not in known[slug].recorded_scales]
-    if slugs and without:  # its report is of another scale, and stays
-        there = ", ".join(known[without[0]].recorded_scales)
-        raise ValueError(f"--scale {scale}: {without[0]} has no records of that scale; there are records of: {there}")
-    for slug in without:
-        say(console, f"{slug}: no records at scale {scale}, so its report stays as it is")
-    for slug in [slug for slug in asked if slug not in without]:
-        results, out = known[slug], store.results / slug
-        store.remove_orphaned_pages(slug)
-        outlook = outlooks(slug, results.claims, scales=scales_of(slug), records=results.records)
-        build_report(results, scale=scale, now=now, out=out, outlook=outlook)
-        print_verdicts(results.verdicts[scale], console=console)
-        say(console, f"\nreport: {out / 'index.html'} and REPORT.md beside it")
-    build_overview(list(known.values()), now=now, out=store.results)
-    say(console, f"all papers: {store.results / 'index.html'} and README.md beside it")
+    report_papers(slugs, scale=scale, now=datetime.now(UTC), store=Store(), console=console)
 
 
 @app.command(epilog=teach("publish"))

@@ -69,7 +69,7 @@ def build_board(results: PaperResults, *, entity: str, project: str) -> Board:
     import wandb_workspaces.workspaces as ws
 
     paper, verdicts = results.paper, results.judged
-    shown = list(verdicts) or sorted({record.scale for record in results.records})
+    shown = list(verdicts) or results.recorded_scales
     blocks: list[Any] = [
         wr.P(["arXiv ", wr.Link(text=paper.arxiv, url=f"https://arxiv.org/abs/{paper.arxiv}"), ". Written by ",
               wr.InlineCode(text=f"retrace publish {paper.slug}"), " from recorded runs; it writes this page anew, so "

@@ -38,7 +38,7 @@ class Leased:
         self.path = path
         self.id = path.name
         self.lost = threading.Event()  # somebody else has taken the lease that this process holds
-        self._held_by: TextIO | None = None  # the open lock, while this process holds the run
+        self._open_lock: TextIO | None = None  # the open lock, while this process holds the run
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[None]:
@@ -52,12 +52,12 @@ class Leased:
             now = os.fstat(lock.fileno()).st_mtime
             if owner and (locked is None or owner["host"] != socket.gethostname()) and self._beats(now):
                 raise Busy(f"{self.id} is being run by {_name(owner)}")
-            self._held_by = lock
+            self._open_lock = lock
             try:
                 with self._held(self.path / "lease.json"):
                     yield
             finally:
-                self._held_by = None
+                self._open_lock = None
 
     @contextlib.contextmanager
     def _held(self, path: Path) -> Iterator[None]:
@@ -89,7 +89,7 @@ class Leased:
 
     def check_lease(self) -> None:
         """Raises `Busy` where the lease is lost: what is written now would fall among the files of another process."""
-        if self._held_by is not None and _is_another(self.path / LOCK, self._held_by):
+        if self._open_lock is not None and _is_another(self.path / LOCK, self._open_lock):
             self.lost.set()  # the folder was deleted, and somebody has begun the run anew in its place
         if self.lost.is_set():
             raise Busy(

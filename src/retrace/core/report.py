@@ -1,5 +1,6 @@
 """A paper's results as REPORT.md and one self-contained index.html, and those of all papers as one page over them.
 
+    report_papers(["<slug>"], scale="laptop", now=..., store=Store(), console=Console())    what `retrace report` does
     build_report(results, scale="laptop", now=..., out=Path("results/<slug>"))
     build_overview([results, ...], now=..., out=Path("results"))
 
@@ -18,18 +19,46 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from retrace.core.outlook import Outlook
+from retrace.core.discovery import papers
+from retrace.core.outlook import Outlook, outlooks
 from retrace.core.pages import OUTCOME_SYMBOLS, environment
 from retrace.core.plan import Ablation
 from retrace.core.reportruns import costs, gaps, ledger, main_pages, origin, origins
 from retrace.core.reportview import VerdictView, arms_of, summary, view_ablation, view_verdict
-from retrace.core.results import PaperResults
+from retrace.core.results import PaperResults, load_results, scales_of
 from retrace.core.scales import compare_scales
+from retrace.core.store import Store
 from retrace.core.svg import Figure
+from retrace.core.units import say
 from retrace.core.verdictfigures import forest_figure
 from retrace.core.verdicts import JUDGED, OUTCOMES, Verdict
 
 _COLOURS = dict(zip(OUTCOMES, ("green", "blue", "red", "yellow", "dim", "dim"), strict=True))
+
+
+def report_papers(slugs: Sequence[str] | None, *, scale: str, now: datetime, store: Store, console: Console) -> None:
+    """Judge papers at a scale, all that have records where none is named; print the verdicts, write the pages.
+
+    A paper whose records are all of other scales keeps the report that it has. Raises ValueError where it is named.
+    """
+    asked = slugs or [slug for slug in papers() if store.has_records(slug)]
+    shown = [slug for slug in papers() if slug in asked or (store.results / slug).is_dir()]
+    known = {slug: load_results(slug, store=store, scale=scale if slug in asked else None) for slug in shown}
+    without = [slug for slug in asked if known[slug].records and scale not in known[slug].recorded_scales]
+    if slugs and without:
+        there = ", ".join(known[without[0]].recorded_scales)
+        raise ValueError(f"--scale {scale}: {without[0]} has no records of that scale; there are records of: {there}")
+    for slug in without:
+        say(console, f"{slug}: no records at scale {scale}, so its report stays as it is")
+    for slug in [slug for slug in asked if slug not in without]:
+        results, out = known[slug], store.results / slug
+        store.remove_orphaned_pages(slug)
+        outlook = outlooks(slug, results.claims, scales=scales_of(slug), records=results.records)
+        build_report(results, scale=scale, now=now, out=out, outlook=outlook)
+        print_verdicts(results.verdicts[scale], console=console)
+        say(console, f"\nreport: {out / 'index.html'} and REPORT.md beside it")
+    build_overview(list(known.values()), now=now, out=store.results)
+    say(console, f"all papers: {store.results / 'index.html'} and README.md beside it")
 
 
 def build_report(
