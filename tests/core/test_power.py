@@ -90,24 +90,44 @@ def test_seeds_are_told_with_what_the_spread_of_three_leaves_open_and_with_what_
 
 
 @pytest.mark.parametrize(
-    ("expect", "differences", "why"),
+    ("expect", "differences", "beyond"),
     [
-        ({"direction": "up"}, (-0.3, 0.1, -0.1), "mean on other side"),
-        ({"direction": "down"}, (0.3, -0.1, 0.1), "mean on other side"),
-        ({"direction": "none", "margin": 0.05}, (0.3, -0.1, 0.1), "mean beyond margin"),
-        ({"direction": "up"}, (0.0, 0.0, 0.0), "no seed shows it"),
+        ({"direction": "up"}, (-0.3, 0.1, -0.1), (-math.inf, 0)),
+        ({"direction": "down"}, (0.3, -0.1, 0.1), (0, math.inf)),
+        ({"direction": "none", "margin": 0.05}, (0.3, -0.1, 0.1), (0.05, math.inf)),
+        ({"direction": "none", "margin": 0.05}, (-0.3, 0.1, -0.1), (-math.inf, -0.05)),
     ],
 )
-def test_a_claim_against_which_the_mean_speaks_needs_no_seeds_and_says_why(
-    expect: dict[str, object], differences: tuple[float, ...], why: str
+def test_where_the_mean_speaks_against_a_claim_the_seeds_are_those_that_contradict_it(
+    expect: dict[str, object], differences: tuple[float, ...], beyond: tuple[float, float]
 ) -> None:
-    (power,) = power_of(claim(expect=expect), seen(claim(expect=expect), *differences)).known
-    assert (power.needed, power.why_not) == (None, why)
+    of = claim(expect=expect)
+    (power,) = power_of(of, seen(of, *differences)).known
+    found = estimate(differences)
+    assert found is not None
+    assert found.sd is not None
+    assert power.against
+    assert power.needed == seeds_needed(mean=found.mean, sd=found.sd, low=beyond[0], high=beyond[1])
+    out = io.StringIO()
+    show(SLUG, PowerPlan((power,), ()), "laptop", unit="core-hours", console=Console(file=out, width=200))
+    assert f"against: {power.needed} (" in out.getvalue()
+    assert "with so many seeds would contradict it" in out.getvalue()
+
+
+@pytest.mark.parametrize(("differences", "seeds"), [((-1.0, -1.0, -1.0), 3), ((0.0, 0.0, 0.0), None)])
+def test_seeds_that_agree_are_enough_to_contradict_and_no_number_where_none_differs(
+    differences: tuple[float, ...], seeds: int | None
+) -> None:
+    (power,) = power_of(claim(), seen(claim(), *differences)).known
+    assert (power.against, power.needed) == (True, seeds)
+    out = io.StringIO()
+    show(SLUG, PowerPlan((power,), ()), "laptop", unit="core-hours", console=Console(file=out, width=200))
+    assert ("against: 3" if seeds else "none: no seed differs") in out.getvalue()
 
 
 def test_without_spread_three_seeds_that_agree_are_enough() -> None:
     (power,) = power_of(claim(), seen(claim(), 1.0, 1.0, 1.0)).known
-    assert (power.needed, power.why_not) == (3, "")
+    assert (power.against, power.needed) == (False, 3)
 
 
 def test_the_largest_scale_on_record_that_is_no_larger_is_taken_and_none_where_there_is_none() -> None:

@@ -2,8 +2,9 @@
 
 A claim is decided by a two-sided 95 % t interval of paired differences that lies on the claimed side of zero, or within
 the margin of a claim of no difference. The plan takes the difference and the spread that were seen for the true ones,
-and asks with how many seeds the interval would lie there with a probability of 80 %. A claim that no smaller scale asks
-takes them from one on the same arms and kind of metric, such as accuracy on another test, which is said.
+and asks with how many seeds the interval would lie there with a probability of 80 %, or, where the difference speaks
+against the claim, wholly on the other side. A claim that no smaller scale asks takes them from one on the same arms and
+kind of metric, such as accuracy on another test, which is said.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ from retrace.core.verdicts import MIN_PAIRS, Verdict, margin_of
 class Power:
     """What deciding one claim would take. `seen`: its verdict at the scale that the spread is taken from.
 
-    `needed`: seeds, `fewest`..`most` for the ends of the spread's 80 % interval; None where no number is enough, or for
-    `most` where a million is not. `planned`: the seeds of the plan. `hours`: of all processors, for one seed, with all
-    that its runs build on.
+    `needed`: seeds that bring it back, or, where the mean speaks `against` it, contradict it; `fewest`..`most` for the
+    ends of the spread's 80 % interval. None where a million is not enough, or the mean takes no side. `planned`: the
+    seeds of the plan. `hours`: of all processors, for one seed, with all that its runs build on.
     """
 
     claim: Claim
     seen: Verdict
+    against: bool
     needed: int | None
     fewest: int | None
     most: int | None
-    why_not: str  # where no number is enough
     planned: int
     hours: float | None
     at_least: bool  # `hours` leave out runs of unknown time
@@ -117,20 +118,21 @@ def _hours_of_a_seed(runs: Sequence[RunSpec], times: Mapping[str, Expected | Non
     return sum(known) / 3600 / seeds if known else None
 
 
-def _seeds(claim: Claim, seen: Verdict) -> tuple[int | None, int | None, int | None, str]:
-    """`needed`, `fewest`, `most` and `why_not` of `Power`."""
+def _seeds(claim: Claim, seen: Verdict) -> tuple[bool, int | None, int | None, int | None]:
+    """`against`, `needed`, `fewest` and `most` of `Power`."""
     found = seen.estimate
     assert found is not None
     assert found.sd is not None
     low, high = _side(claim, seen)
+    against = not low < found.mean < high
+    if against:
+        low, high = (high, math.inf) if found.mean >= high else (-math.inf, low)
     if not found.has_spread:
         enough = MIN_PAIRS if low < found.mean < high else None
-        return enough, enough, enough, "" if enough else "no seed shows it"
-    if not low < found.mean < high:
-        return None, None, None, "mean beyond margin" if claim.expect.margin else "mean on other side"
+        return against, enough, enough, enough
     narrow, wide = spread_range(sd=found.sd, n=found.n)
     few, needed, many = (seeds_needed(mean=found.mean, sd=sd, low=low, high=high) for sd in (narrow, found.sd, wide))
-    return needed, few, many, "" if needed else "over a million"
+    return against, needed, few, many
 
 
 def _side(claim: Claim, seen: Verdict) -> tuple[float, float]:
@@ -169,10 +171,9 @@ def _cells(power: Power) -> tuple[str, ...]:
 
 def _needed(power: Power) -> str:
     if power.needed is None:
-        return f"none: {power.why_not}"
-    if power.fewest == power.most:
-        return f"{power.needed:,}"
-    return f"{power.needed:,} ({power.fewest:,} to {'millions' if power.most is None else f'{power.most:,}'})"
+        return "over a million" if power.seen.estimate and power.seen.estimate.has_spread else "none: no seed differs"
+    against, most = "against: " * power.against, "millions" if power.most is None else f"{power.most:,}"
+    return f"{against}{power.needed:,}" + ("" if power.fewest == power.most else f" ({power.fewest:,} to {most})")
 
 
 def _told(plan: PowerPlan, scale: str) -> Iterator[str]:
@@ -183,8 +184,8 @@ def _told(plan: PowerPlan, scale: str) -> Iterator[str]:
             "probability; in brackets for the ends of the 80 % interval of the spread"
         )
         yield f"assumed: at scale {scale} the true difference and its spread over seeds are those seen at {sources}"
-    if any(power.why_not for power in plan.known):
-        yield "none: by what was seen, more seeds would not bring the claim back; they can decide against it"
+    if any(power.against for power in plan.known):
+        yield "against: what was seen speaks against the claim, and with so many seeds would contradict it"
     if any(power.seen.claim.id != power.claim.id for power in plan.known):
         yield "where a second claim is named, the numbers are its: the same arms and kind of metric, on another test"
     if plan.unknown:
