@@ -11,6 +11,7 @@ import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import LlamaConfig
 from retrace import worker
 from retrace.core import checkpoint, files, snapshot, squeue
 from retrace.core.config import SlurmJobs, validate
-from retrace.core.files import write_json
+from retrace.core.files import read_json, write_json
 from retrace.core.plan import Ablation
 from retrace.core.record import Record
 from retrace.core.safety import own_folder, redact
@@ -383,15 +384,22 @@ def test_a_job_ends_before_it_reads_a_folder_that_others_can_write_in(tmp_path: 
 
 def test_snapshots_that_no_job_needs_are_removed_and_the_others_stay(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    needed, ended, fresh = (store.runs / ".snapshots" / name for name in ("needed", "ended", "fresh"))
-    for path, age in ((needed, 1e6), (ended, 1e6), (fresh, 60)):
+    names = ("needed", "ended", "fresh", "elsewhere", "forgotten")
+    needed, ended, fresh, elsewhere, forgotten = (store.runs / ".snapshots" / name for name in names)
+    for path, age in ((needed, 1e6), (ended, 1e6), (fresh, 60), (elsewhere, 1e6), (forgotten, 1e7)):
         (path / "src").mkdir(parents=True)
         os.utime(path, (time.time() - age, time.time() - age))
-    runs = [store.run("a"), store.run("b")]
+    runs = [store.run(name) for name in ("a", "b", "c", "d")]
     squeue.note(runs[0], job="1_0", name="retrace-1", logs=tmp_path, snapshot=needed)
     squeue.note(runs[0], job="2_0", name="retrace-2", logs=tmp_path, snapshot=fresh)  # the first is still there
     squeue.note(runs[1], job="3_0", name="retrace-3", logs=tmp_path, snapshot=ended)
+    runs[1].finish("DONE")
+    squeue.note(runs[2], job="1_0", name="retrace-4", logs=tmp_path, snapshot=elsewhere)  # in another cluster's queue
+    squeue.note(runs[3], job="5_0", name="retrace-5", logs=tmp_path, snapshot=forgotten)
+    note = runs[3].path / "slurm.json"
+    (entry,) = read_json(note)
+    long_ago = datetime.now(UTC) - 2 * squeue.FORGOTTEN
+    write_json(note, [{**entry, "submitted": long_ago.isoformat()}])
     jobs = {"1_0": squeue.QueuedJob("1_0", "RUNNING", 0, "n1", "", "retrace-1")}
-    assert snapshot.prune(store, needed=squeue.needed_snapshots(runs, jobs)) == [ended]
-    assert needed.is_dir()
-    assert fresh.is_dir()
+    assert snapshot.prune(store, needed=squeue.needed_snapshots(runs, jobs)) == [ended, forgotten]
+    assert all(path.is_dir() for path in (needed, fresh, elsewhere))

@@ -130,3 +130,26 @@ def test_a_job_runs_on_the_hardware_that_it_asked_for_whatever_was_frozen_since(
     monkeypatch.setattr(Worker, "run", lambda _, given, path: ("DONE", f"{given.hardware.threads} {path.name}"))
     assert slurm.Job(str(tmp_path), [spec.id], hardware=asked, patience=1.0)() == {spec.id: "DONE"}
     assert run_dir.load()[0].hardware == asked
+
+
+def test_a_job_leaves_what_somebody_alive_has_frozen_until_he_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, spec = Store(tmp_path), plan(["quietstar/main"], ["scale=smoke", "hardware.threads=3"])[0]
+    held = store.run(spec.id)
+    held.freeze(spec, command="of this machine, and alive")
+    before = (held.path / "config.json").read_text()
+    asked = spec.hardware.model_copy(update={"threads": 1})
+    monkeypatch.setattr(slurm, "_task", lambda: None)
+    monkeypatch.setattr(slurm, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(Worker, "run", lambda *_: ("DONE", ""))
+    job, statuses = slurm.Job(str(tmp_path), [spec.id], hardware=asked, patience=1.0), dict[str, str]()
+    thread = threading.Thread(target=lambda: statuses.update(job()))
+    with held.lease():
+        thread.start()
+        thread.join(timeout=1.0)
+        assert thread.is_alive()
+        assert (held.path / "config.json").read_text() == before
+    thread.join(timeout=60)
+    assert statuses == {spec.id: "DONE"}
+    assert held.load()[0].hardware == asked

@@ -264,13 +264,10 @@ class Job:
 
     def _run(self, run: RunDir, store: Store) -> tuple[str, str]:
         """(status, reason) of one run, as far as this task is concerned."""
-        spec, command = run.load()
         state = run.state()
         if state.finished:
             return state.status, state.reason
-        if spec.hardware != self.hardware:  # somebody began it elsewhere while the job was in the queue
-            spec = replace(spec, hardware=self.hardware)
-            run.freeze(spec, command=command)
+        spec, _ = run.load()
         for parent in spec.parents.values():
             found = store.run(parent).state().status
             if found != "DONE" and not (found == "DIVERGED" and spec.accepts_diverged):
@@ -278,11 +275,21 @@ class Job:
         if self.worker is None:
             self.worker = Worker(task=_task())
         began = time.monotonic()
-        status, reason = self.worker.run(spec, run.path)
-        while status == "BUSY" and not self.stopping and time.monotonic() - began < LEASE_SECONDS + 30:
+        while True:
+            status, reason = self._begin(run, self.worker)
+            if status != "BUSY" or self.stopping or time.monotonic() - began > LEASE_SECONDS + 30:
+                return status, reason
             time.sleep(BUSY_SECONDS)  # a dead node's lease runs out; somebody alive may end the run
-            status, reason = self.worker.run(spec, run.path)
-        return status, reason
+
+    def _begin(self, run: RunDir, worker: Worker) -> tuple[str, str]:
+        """A run on the hardware of this job, frozen so where somebody began it elsewhere and does not go on."""
+        spec, command = run.load()
+        if spec.hardware != self.hardware:
+            if holder := run.holder():
+                return "BUSY", f"{run.id} is being run by {holder}"
+            spec = replace(spec, hardware=self.hardware)
+            run.freeze(spec, command=command)
+        return worker.run(spec, run.path)
 
 
 def _task() -> dict[str, str] | None:

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from retrace.core.files import read_json, write_json
 from retrace.core.store import RunDir, Store
 
 JOB_NAME = "retrace-"  # and a random token: another cluster, or one set up anew, gives the same ids to other jobs
+FORGOTTEN = timedelta(days=30)  # since it was submitted, a job that this queue does not know is in no other either
 NUM_NAMED = 3  # runs that share a cancelled job, before the rest are only counted
 _ENDED = (
     "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY",
@@ -131,8 +132,18 @@ def noted_runs(store: Store) -> list[RunDir]:
 
 
 def needed_snapshots(runs: Iterable[RunDir], jobs: Queue) -> set[Path]:
-    """The copies of the code that jobs in the queue import from, or will."""
-    return {Path(entry["snapshot"]) for run in runs for entry in _noted(run) if _is_queued(entry, jobs)}
+    """The copies of the code that jobs import from, or will: jobs in the queue, or perhaps in that of another cluster."""
+    return {
+        Path(entry["snapshot"])
+        for run in runs
+        for entry in _noted(run)
+        if _is_queued(entry, jobs) or (_is_recent(entry) and not run.state().finished)
+    }
+
+
+def _is_recent(entry: Mapping[str, Any]) -> bool:
+    """Whether a job may still be in some queue, by when it was submitted."""
+    return datetime.now(UTC) - datetime.fromisoformat(entry["submitted"]) < FORGOTTEN
 
 
 def _noted(run: RunDir) -> list[dict[str, Any]]:
