@@ -33,14 +33,14 @@ def test_a_document_that_has_gone_stale_is_found(tmp_path: Path) -> None:
     document = tmp_path / "docs" / "quietstar.md"
     document.write_text(document.read_text().replace("**contradicted**", "**reproduced**", 1))
     done = subprocess.run(
-        [sys.executable, "scripts/readme_verdicts.py", "--check"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "scripts/documents.py", "--check"], cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr.partition(":")[0]) == (1, "docs/quietstar.md")
 
 
 def test_the_verdicts_in_the_documents_are_those_of_the_records() -> None:
     done = subprocess.run(
-        [sys.executable, "scripts/readme_verdicts.py", "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "scripts/documents.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 

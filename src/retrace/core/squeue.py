@@ -132,7 +132,7 @@ def noted_runs(store: Store) -> list[RunDir]:
 
 
 def needed_snapshots(runs: Iterable[RunDir], jobs: Queue) -> set[Path]:
-    """The copies of the code that jobs import from, or will: jobs in the queue, or perhaps in that of another cluster."""
+    """The copies of the code that jobs import from, or will; those too that may be in another cluster's queue."""
     return {
         Path(entry["snapshot"])
         for run in runs

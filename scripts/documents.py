@@ -1,7 +1,8 @@
-"""Write what came out into README.md and docs/ from the records: `python scripts/readme_verdicts.py [--check]`.
+"""Write what came out into README.md and docs/ from the records: `python scripts/documents.py [--check]`.
 
 A table of verdicts stands between `<!-- verdicts of PAPER at SCALE: ... -->` and `<!-- end of verdicts -->`; with `by
-ablation` behind SCALE, one for each ablation, with its figures. A paper without records says so there.
+ablation` behind SCALE, one for each ablation, with its figures. A paper without records says so there. How well FLOPs
+predict the times of runs stands between `<!-- times of runs at SCALE: ... -->` and `<!-- end of times -->`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from retrace.core.cost import check_times
+from retrace.core.discovery import papers
 from retrace.core.reportview import summary, view_verdict
 from retrace.core.results import PaperResults, load_results
 from retrace.core.store import Store
@@ -21,6 +24,7 @@ FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACE = re.compile(
     r"(<!-- verdicts of (\w+) at (\w+)( by ablation)?: [^\n]*-->\n).*?(<!-- end of verdicts -->)", re.DOTALL
 )
+TIMES = re.compile(r"(<!-- times of runs at (\w+): [^\n]*-->\n).*?(<!-- end of times -->)", re.DOTALL)
 
 
 def table(verdicts: list[Verdict], *, paper: bool) -> Iterator[str]:
@@ -78,18 +82,30 @@ def section(slug: str, scale: str, *, ablations: bool) -> str:
     return "\n".join([*lines, *by_ablation(results, scale, judged)]).rstrip()
 
 
+def times(scale: str) -> str:
+    """Measured times against those predicted, paper by paper."""
+    lines = ["| paper | runs | half are within | nine in ten within | sum of all |", "|---|--:|--:|--:|--:|"]
+    for slug in papers():
+        check = check_times(record for record in Store(ROOT).records(slug) if record.scale == scale)
+        if check is not None:
+            errors = f"{100 * check.half:.0f} % | {100 * check.most:.0f} % | {100 * (check.total - 1):+.0f} %"
+            lines.append(f"| {slug} | {check.runs} | {errors} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     stale = []
     for path in FILES:
         text = path.read_text()
         new = PLACE.sub(lambda m: f"{m[1]}{section(m[2], m[3], ablations=bool(m[4]))}\n{m[5]}", text)
+        new = TIMES.sub(lambda m: f"{m[1]}{times(m[2])}\n{m[3]}", new)
         if new != text:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in sys.argv:
                 path.write_text(new)
     if stale and "--check" in sys.argv:
         names = " and ".join(stale)
-        print(f"{names}: not what the records say: run python scripts/readme_verdicts.py", file=sys.stderr)
+        print(f"{names}: not what the records say: run python scripts/documents.py", file=sys.stderr)
         return 1
     return 0
 
