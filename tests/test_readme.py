@@ -39,9 +39,7 @@ def test_a_document_that_has_gone_stale_is_found(tmp_path: Path) -> None:
 
 
 def test_the_verdicts_in_the_documents_are_those_of_the_records() -> None:
-    done = subprocess.run(
-        [sys.executable, "scripts/documents.py", "--check"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "scripts/documents.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -100,6 +100,8 @@ def test_a_whole_clip_gives_its_image_tower_and_the_pixels_of_its_processor(tmp_
     pixels = (images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
     expected = whole.vision_model(pixels).last_hidden_state[:, 1:]
     torch.testing.assert_close(load_encoder(str(tmp_path))(images), expected, atol=1e-5, rtol=1e-5)
+    told = {"patch_size": 4, "hidden_size": 16, "num_layers": 3, "num_heads": 2, "intermediate_size": 20}
+    PretrainedEncoder(kind="pretrained", name="it", revision="main", **told).check_sizes(whole.config)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

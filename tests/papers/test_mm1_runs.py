@@ -259,8 +259,10 @@ def test_told_sizes_that_pretrained_weights_do_not_have_are_refused(part: str, s
     own = c.vision.model_dump(exclude={"image_size", "conv_stem"}) | weights | {"name": str(tmp_path / "encoder")}
     read = {"shape": c.decoder.shape.model_dump(), "vocab_size": 50} | weights | {"name": str(tmp_path / "decoder")}
 
-    def load() -> None:
+    def load(*, checked: bool) -> None:
         parts = {"encoder": PretrainedEncoder(**own), "decoder": PretrainedDecoder(**read)}
+        if checked:  # what `run` does before it starts anything
+            return check(c.model_copy(update=parts))
         asked = PretrainConfig(
             image_size=c.image_size, connector=c.connector, experts=None, data=c.data, pretrain=c.pretrain, files={},
             seed=0, **parts,
@@ -268,11 +270,13 @@ def test_told_sizes_that_pretrained_weights_do_not_have_are_refused(part: str, s
         programs._encoder(asked, ctx)  # type: ignore[arg-type]
         programs._decoder(asked, ctx)  # type: ignore[arg-type]
 
-    load()
+    load(checked=True)
+    load(checked=False)
     told = own if part == "encoder" else read["shape"]
     real, told[size] = told[size], 2 * told[size]
-    with pytest.raises(ValueError, match=rf"{part}\.{size}={2 * real}: .* has {real}: correct the sizes"):
-        load()
+    for checked in (True, False):
+        with pytest.raises(ValueError, match=rf"{part}\.{size}={2 * real}: .* has {real}: correct the sizes"):
+            load(checked=checked)
 
 
 def test_positions_beyond_those_of_the_decoder_are_told_in_one_sentence() -> None:

@@ -119,6 +119,7 @@ class PretrainedEncoder(_Weights):
 
     def check_sizes(self, real: Any) -> None:
         """Raise ValueError where `real`, the config of transformers that the weights have, has other sizes."""
+        real = getattr(real, "vision_config", real)  # of a model that has a text tower too
         gated = real.model_type.startswith("aimv2")
         sizes = {
             "patch_size": real.patch_size,
