@@ -351,12 +351,13 @@ def texts(root: Path, content: str, vocab_size: int) -> Corpora:
 def test_the_tokenizer_is_trained_on_the_rows_that_training_reads(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = ['{"text": "a red ball"}', '{"text": "a red bench"}']
     bad = ['{"text": null}', '{"other": "None None None"}', '{"text": "  "}', '{"text": ["None"]}']
-    wanted = train_tokenizer(texts(root, "\n".join(good) + "\n", 266)).get_vocab()
+    wanted, left_out = train_tokenizer(texts(root, "\n".join(good) + "\n", 266))
     assert not caplog.text
-    found = train_tokenizer(texts(root, "\n".join([*bad, *good, '{"text": "a red b']), 266)).get_vocab()
-    assert found == wanted
+    assert not any(left_out.values())
+    found, left_out = train_tokenizer(texts(root, "\n".join([*bad, *good, '{"text": "a red b']), 266))
+    assert found.get_vocab() == wanted.get_vocab()
+    assert left_out == {"data/text/without_text": 4, "data/text/short_shards": 1}
     assert "texts.jsonl: row 0 has no text: left out" in caplog.text
-    assert "4 rows have no text" in caplog.text
     assert "texts.jsonl: ends early, behind 6 rows (line 7 is torn): the run goes on without the rest" in caplog.text
 
 

@@ -57,7 +57,7 @@ def prepare(config: TokenizerConfig, ctx: Context) -> dict[str, float]:
     """The tokenizer of real text."""
     if not ctx.is_main:
         return {}
-    tokenizer = train_tokenizer(config.data)
+    tokenizer, ctx.notes["data"] = train_tokenizer(config.data)
     with ctx.run.folder(TOKENIZER) as folder:
         tokenizer.save_pretrained(folder)
     used = cost.prepare(config)

@@ -38,10 +38,14 @@ BatchOf = Callable[[range], Mapping[str, Tensor]]
 log = logging.getLogger(__name__)
 
 
-def train_tokenizer(data: Corpora) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the corpus' text; raises ValueError where there is too little of it."""
-    return train_bpe(
-        itertools.islice(_texts(data.sources["text"]), data.num_bpe_documents),
+def train_tokenizer(data: Corpora) -> tuple[PreTrainedTokenizerFast, dict[str, int]]:
+    """A byte-level BPE of the corpus' text, and counts of what was left out, as the notes of a stream name them.
+
+    Raises ValueError where there is too little of it.
+    """
+    left_out = {"data/text/without_text": 0, "data/text/short_shards": 0}
+    tokenizer = train_bpe(
+        itertools.islice(_texts(data.sources["text"], left_out), data.num_bpe_documents),
         vocab_size=data.vocab_size,
         key="photos.vocab_size (without data=${photos}: data.vocab_size)",
         pad_token=PAD,
@@ -49,11 +53,11 @@ def train_tokenizer(data: Corpora) -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         additional_special_tokens=[IMAGE],
     )
+    return tokenizer, left_out
 
 
-def _texts(corpus: ImageFolder | LocalShards | HubDataset) -> Iterator[str]:
-    """The texts of a corpus, where training finds some too."""
-    blank = 0
+def _texts(corpus: ImageFolder | LocalShards | HubDataset, left_out: dict[str, int]) -> Iterator[str]:
+    """The texts of a corpus, where training finds some too; what is left out is counted."""
     for shard in corpus.shards():
         number = 0
         try:
@@ -63,13 +67,12 @@ def _texts(corpus: ImageFolder | LocalShards | HubDataset) -> Iterator[str]:
                 if is_said(text):
                     yield text
                     continue
-                if not blank:
+                if not left_out["data/text/without_text"]:
                     log.warning("%s: row %d has no text: left out; others are only counted", shard.name, number - 1)
-                blank += 1
+                left_out["data/text/without_text"] += 1
         except EndsEarly as error:
             warn_of_end(shard.name, number, error)
-    if blank > 1:
-        log.warning("%d rows have no text: the tokenizer is trained without them", blank)
+            left_out["data/text/short_shards"] += 1
 
 
 def load_tokenizer(
