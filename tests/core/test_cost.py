@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from retrace.core.config import Hardware
-from retrace.core.cost import Cost, Expected, Memory, check_times, expected_time
+from retrace.core.cost import Cost, Expected, Memory, Rate, check_times, expected_time, measured_rates
 from retrace.core.optim import Precision
 from retrace.core.record import Record, RunCost
 
 N = 1000
+RATE = Rate(5e11, ("a CPU",))
 
 
 def hardware(**changes: object) -> Hardware:
@@ -64,21 +65,29 @@ def test_work_that_one_process_does_is_neither_split_nor_sped_up() -> None:
     node = hardware(processes=8, shard=True, activation_checkpointing=True, peak_flops=1e12, planned_mfu=0.5)
     shared, lone = (Cost(1, 4e12, memory, shared=shared) for shared in (True, False))
     assert (shared.state_bytes(node), lone.state_bytes(node)) == (4 * N / 8 + 4 * N, 4 * N)
-    assert expected_time(shared, "p", {}, node) == Expected(1.0, measured=False)
-    assert expected_time(lone, "p", {}, node) == Expected(8.0, measured=False)
+    assert expected_time(shared, "p", {}, node) == Expected(1.0)
+    assert expected_time(lone, "p", {}, node) == Expected(8.0)
     assert (lone.activation_bytes(node), lone.activation_bytes(hardware())) == (3.0, 7.0)
 
 
 def test_time_is_measured_before_it_is_planned_and_unknown_without_either() -> None:
     cost = Cost(1, 1e12, Memory(N, N, "fp32", 0.0, 0.0))
     planned = hardware(peak_flops=1e12, planned_mfu=0.25)
-    assert expected_time(cost, "train", {"train": 5e11}, planned) == Expected(2.0, measured=True)
-    assert expected_time(cost, "train", {"evaluate": 5e11}, planned) == Expected(4.0, measured=False)
+    assert expected_time(cost, "train", {"train": RATE}, planned) == Expected(2.0, ("a CPU",))
+    assert expected_time(cost, "train", {"evaluate": RATE}, planned) == Expected(4.0)
     assert expected_time(cost, "train", {}, hardware(peak_flops=1e12)) is None
     assert expected_time(cost, "train", {}, hardware(planned_mfu=0.5)) is None
 
 
-def record(arm: str, seconds: float, *, flops: float = 100.0, program: str = "train", hardware: str = "cpu") -> Record:
+def record(
+    arm: str,
+    seconds: float,
+    *,
+    flops: float = 100.0,
+    program: str = "train",
+    hardware: str = "cpu",
+    processor: str = "a CPU",
+) -> Record:
     return Record(
         id=f"demo-{program}-{arm}-{seconds:g}".replace(".", "-"),
         paper="demo",
@@ -93,7 +102,7 @@ def record(arm: str, seconds: float, *, flops: float = 100.0, program: str = "tr
         metrics={},
         series={},
         cost=RunCost(flops=flops, seconds=seconds),
-        provenance={"hardware_config": hardware},
+        provenance={"hardware_config": hardware, "hardware": f"{processor}, 1 thread"},
     )
 
 
@@ -108,7 +117,17 @@ def test_times_on_record_are_checked_against_the_speed_of_other_arms() -> None:
     assert found.where == ("laptop on cpu",)
 
 
+def test_speeds_are_those_of_this_processor_where_it_has_runs_and_say_whose_they_are_where_not() -> None:
+    records = [record("small", 1.0), record("small", 4.0, processor="mine"), record("fit", 2.0, program="fit")]
+    found = measured_rates(records, hardware="cpu", scale="laptop", processor="mine")
+    assert found == {"train": Rate(25.0, ("mine, 1 thread",)), "fit": Rate(50.0, ("a CPU, 1 thread",))}
+    both = measured_rates(records, hardware="cpu", scale="laptop", processor="another")["train"]
+    assert both == Rate((25 + 100) / 2, ("a CPU, 1 thread", "mine, 1 thread"))
+    assert measured_rates(records, hardware="gpu1", scale="laptop") == {}
+
+
 def test_runs_of_one_arm_or_of_other_hardware_predict_nothing() -> None:
+    assert check_times([record("small", 1.0), record("large", 2.0, processor="mine")]) is None
     assert check_times([record("small", 1.0), record("small", 2.0)]) is None
     assert check_times([record("small", 1.0), record("large", 2.0, hardware="gpu1")]) is None
 
@@ -117,4 +136,4 @@ def test_what_has_no_model_is_planned_from_no_peak() -> None:
     counting = Cost(10, 10.0, Memory(0, 0, "fp32", 0.0, 0.0))
     planned = hardware(peak_flops=1e12, planned_mfu=0.5)
     assert expected_time(counting, "prepare", {}, planned) is None
-    assert expected_time(counting, "prepare", {"prepare": 5.0}, planned) == Expected(2.0, measured=True)
+    assert expected_time(counting, "prepare", {"prepare": Rate(5.0, ("a CPU",))}, planned) == Expected(2.0, ("a CPU",))

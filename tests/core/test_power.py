@@ -73,7 +73,7 @@ def power_of(of: Claim, *verdicts: Verdict, scale: str = "laptop") -> PowerPlan:
     by_scale: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         by_scale.setdefault(verdict.scale, []).append(verdict)
-    times: dict[str, Expected | None] = {spec.id: Expected(3600.0, measured=True) for spec in specs}
+    times: dict[str, Expected | None] = {spec.id: Expected(3600.0, ("a CPU",)) for spec in specs}
     return plan_power([of], by_scale, specs, times, scale=scale)
 
 
@@ -158,7 +158,7 @@ def test_a_claim_of_another_test_takes_the_widest_of_its_like_and_says_so() -> N
 
 def test_hours_that_leave_out_runs_of_unknown_time_are_told_as_the_least() -> None:
     specs = plan([f"{SLUG}/thoughts"], ["scale=laptop"])
-    times: dict[str, Expected | None] = {spec.id: Expected(3600.0, measured=True) for spec in specs}
+    times: dict[str, Expected | None] = {spec.id: Expected(3600.0, ("a CPU",)) for spec in specs}
     times[specs[0].id] = None
     out = io.StringIO()
     found = plan_power([claim()], {"laptop": [seen(claim(), 0.3, 0.1, 0.2)]}, specs, times, scale="laptop")

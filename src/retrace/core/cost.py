@@ -6,7 +6,7 @@ time, unless the machine's YAML assumes a share of its peak.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -115,40 +115,54 @@ def mfu(flops: float, seconds: float, peak_flops: float | None, processes: int) 
     return None if peak_flops is None or seconds <= 0 else flops / seconds / (peak_flops * processes)
 
 
-def measured_rates(records: Iterable[Record], *, hardware: str, scale: str) -> dict[str, float]:
-    """FLOPs a second of each program, the median over finished runs of this scale on this hardware config."""
-    rates: dict[str, list[float]] = {}
+@dataclass(frozen=True)
+class Rate:
+    """FLOPs a second, and the processors that they were measured on."""
+
+    speed: float
+    where: tuple[str, ...]
+
+
+def measured_rates(records: Iterable[Record], *, hardware: str, scale: str, processor: str = "") -> dict[str, Rate]:
+    """Of each program, the median over finished runs of this scale on this hardware config.
+
+    Where some of them ran on `processor`, those alone count: a config such as "cpu" stands for many.
+    """
+    found: dict[str, list[tuple[str, float]]] = {}
     for record in records:
-        seconds = record.cost.seconds
-        if (
-            record.scale == scale
-            and record.provenance.get("hardware_config") == hardware
-            and seconds
-            and record.cost.flops
-        ):
-            rates.setdefault(record.program, []).append(record.cost.flops / seconds)
-    return {program: median(values) for program, values in rates.items()}
+        flops, seconds, where = record.cost.flops, record.cost.seconds, record.provenance
+        if record.scale == scale and where.get("hardware_config") == hardware and seconds and flops:
+            found.setdefault(record.program, []).append((str(where.get("hardware", "unknown")), flops / seconds))
+    rates = {}
+    for program, runs in found.items():
+        chosen = [run for run in runs if processor and processor in run[0]] or runs
+        rates[program] = Rate(median(rate for _, rate in chosen), tuple(sorted({place for place, _ in chosen})))
+    return rates
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Seconds that a run should take; `measured` on runs like it, or else planned from an assumed share of the peak."""
+    """Seconds that a run should take: by runs like it on the processors `where`, or else by a share of the peak."""
 
     seconds: float
-    measured: bool
+    where: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> bool:
+        return bool(self.where)
 
 
-def expected_time(cost: Cost, program: str, rates: dict[str, float], hardware: Hardware) -> Expected | None:
+def expected_time(cost: Cost, program: str, rates: Mapping[str, Rate], hardware: Hardware) -> Expected | None:
     """From runs of this program that were measured; else from the hardware's peak and planned MFU; else None.
 
     What has no model, such as the training of a tokenizer, reaches no share of a peak.
     """
     if program in rates:
-        return Expected(cost.flops / rates[program], measured=True)
+        return Expected(cost.flops / rates[program].speed, rates[program].where)
     if hardware.peak_flops is None or hardware.planned_mfu is None or not cost.has_model:
         return None
     workers = hardware.processes if cost.shared else 1
-    return Expected(cost.flops / (workers * hardware.peak_flops * hardware.planned_mfu), measured=False)
+    return Expected(cost.flops / (workers * hardware.peak_flops * hardware.planned_mfu))
 
 
 @dataclass(frozen=True)
@@ -168,16 +182,17 @@ class Check:
 
 def check_times(records: Iterable[Record]) -> Check | None:
     """None where no program of one scale and hardware config has runs of two arms."""
-    groups: dict[tuple[str, str, str, str], dict[frozenset[str], list[tuple[float, float]]]] = {}
+    groups: dict[tuple[str, ...], dict[frozenset[str], list[tuple[float, float]]]] = {}
     for record in records:
         flops, seconds = record.cost.flops, record.cost.seconds
         if flops and seconds:
-            key = (record.paper, record.program, record.scale, str(record.provenance.get("hardware_config")))
+            machine = [str(record.provenance.get(name)) for name in ("hardware_config", "hardware")]
+            key = (record.paper, record.program, record.scale, *machine)
             arms = frozenset(Label.parse(label).ablation_arm for label in record.labels)
             groups.setdefault(key, {}).setdefault(arms, []).append((flops, seconds))
     pairs: list[tuple[float, float]] = []
     where: set[str] = set()
-    for (_, _, scale, hardware), by_arms in groups.items():
+    for (_, _, scale, hardware, _), by_arms in groups.items():
         rates = {arms: sorted(flops / seconds for flops, seconds in runs) for arms, runs in by_arms.items()}
         for arms, runs in by_arms.items():
             others = [rate for theirs, found in rates.items() if not arms & theirs for rate in found]

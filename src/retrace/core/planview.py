@@ -10,9 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from retrace.core.config import Hardware
-from retrace.core.cost import Check, Cost, Expected, check_times, expected_time, makespan, measured_rates
+from retrace.core.cost import Check, Cost, Expected, Rate, check_times, expected_time, makespan, measured_rates
 from retrace.core.paper import load_paper
 from retrace.core.plan import RunSpec
+from retrace.core.provenance import processor
 from retrace.core.record import Label, Record
 from retrace.core.store import State, Store
 from retrace.core.units import duration, say, si
@@ -34,13 +35,14 @@ def expected_times(
     specs: Sequence[RunSpec], costs: Mapping[str, Cost], records: Sequence[Record]
 ) -> dict[str, Expected | None]:
     """How long each run should take, and how that is known; None where it is not. `costs`: of each run."""
-    rates: dict[tuple[str, str, str], dict[str, float]] = {}
+    rates: dict[tuple[str, str, str], dict[str, Rate]] = {}
     expected = {}
     for spec in specs:
         key = (spec.paper, spec.hardware.name, spec.scale)
         if key not in rates:
             own = (record for record in records if record.paper == spec.paper)
-            rates[key] = measured_rates(own, hardware=spec.hardware.name, scale=spec.scale)
+            here = processor() if spec.hardware.device == "cpu" and spec.hardware.slurm is None else ""
+            rates[key] = measured_rates(own, hardware=spec.hardware.name, scale=spec.scale, processor=here)
         expected[spec.id] = expected_time(costs[spec.id], spec.program, rates[key], spec.hardware)
     return expected
 
@@ -175,12 +177,16 @@ def _reckoned(
             f"how: time '~' = FLOPs / ({several}{si(hardware.peak_flops or 0)} FLOP/s x "
             f"hardware.planned_mfu={hardware.planned_mfu}): planned, not measured"
         )
-    if any(time is not None and time.measured for time in times):
-        yield "how: time without '~' = FLOPs / speed of runs of that program and scale on record for this hardware"
+    where = sorted({place for time in times if time is not None for place in time.where})
+    if where:
+        yield (
+            "how: time without '~' = FLOPs / speed of runs of that program and scale on record for "
+            f"'{hardware.name}' ({'; '.join(where)})"
+        )
     if unknown:
         hints = ["hardware.peak_flops and hardware.planned_mfu plan it"] if any(c.has_model for c in unknown) else []
         hints += [] if all(c.has_model for c in unknown) else ["a program without a model is not planned from FLOPs"]
-        yield f"how: time '-': no run of that program and scale is on record for this hardware; {'; '.join(hints)}"
+        yield f"how: time '-': no run of that program and scale is on record for '{hardware.name}'; {'; '.join(hints)}"
     if check is not None:
         yield (
             f"checked: {check.runs} runs on record ({'; '.join(check.where)}), each predicted from FLOPs and the speed "
@@ -188,7 +194,7 @@ def _reckoned(
             f"their sum is off by {100 * (check.total - 1):+.0f} %"
         )
     if planned:
-        yield "not checked: peak x planned_mfu, since no run of these programs is on record for this hardware"
+        yield f"not checked: peak x planned_mfu, since no run of these programs is on record for '{hardware.name}'"
 
 
 def _hours(hours: float) -> str:
