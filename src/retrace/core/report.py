@@ -187,7 +187,7 @@ def print_verdicts(verdicts: Sequence[Verdict], *, console: Console) -> None:
         here = view.shown.mean if verdict.estimate is None else f"{view.shown.mean} {view.shown.interval}"
         if verdict.outcome == "inconclusive" and view.detectable:
             here += f" (detectable: {view.detectable})"
-        says, paper = Text(f"{claim.says.rstrip('.')} ({claim.locus})"), Text(claim.paper or claim.expected)
+        says, paper = Text(f"{claim.says.rstrip('.')} ({claim.locus})"), Text(claim.paper or "prints no number")
         table.add_row(shown, says, paper, Text(here), str(len(verdict.seeds)))
     console.print(table)
     if verdicts:

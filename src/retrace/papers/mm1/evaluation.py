@@ -138,7 +138,10 @@ def _tasks(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> list[T
 def image_task(
     name: str, task: ImageTask, asked: Evaluation, tokenizer: PreTrainedTokenizerBase, *, image_size: int
 ) -> Task:
-    """A benchmark: demonstrations from its training split, in the paper's prompt form; items are read as they come."""
+    """A benchmark: demonstrations from its training split, items as they are read.
+
+    The prompt form is the paper's as others tell it (3.4).
+    """
     files = CorpusSource(task.test, tokenizer, seed=asked.seed)
     most = max(asked.shots)
 
