@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from retrace.papers.mm1 import decoder as decoder_module
-from retrace.papers.mm1.decoder import FAMILIES, Decoder, load_decoder
+from retrace.papers.mm1.decoder import FAMILIES, Decoder, decoder_of, load_decoder
 from retrace.papers.mm1.encoder import PIXELS, VisionEncoder
 from retrace.papers.mm1.inference import generate, log_likelihoods
 from retrace.papers.mm1.model import MultimodalModel
@@ -387,3 +387,11 @@ def test_parts_are_saved_alone_too_and_a_part_is_no_whole(tmp_path: Path) -> Non
         load_model(tmp_path / "encoder")
     with pytest.raises(ValueError, match=f"no model of MM1, {SETTINGS} is missing"):
         from_pretrained(tmp_path)
+
+
+def test_a_head_of_its_own_has_a_gradient_without_a_label() -> None:
+    settings = tiny_model().decoder.settings()
+    settings["config"]["tie_word_embeddings"] = False
+    decoder = decoder_of(settings).train()
+    decoder(pack([[["image"]]])).loss.backward()
+    assert not [name for name, p in decoder.named_parameters() if p.grad is None]

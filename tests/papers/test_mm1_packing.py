@@ -270,10 +270,10 @@ def test_computing_ahead_changes_no_batch() -> None:
         asked.append(chosen)
         return {"x": torch.tensor(list(chosen))}
 
-    ahead = Ahead(rows, end=46)
-    for start in (8, 10, 12, 14, 40, 44, 0):
+    ahead = Ahead(rows, between=4, end=46)  # of two processes, the first
+    for start in (8, 12, 16, 20, 40, 44, 0):
         assert ahead(range(start, start + 2))["x"].tolist() == [start, start + 1]
-    assert asked[:4] == [range(8, 10), range(10, 12), range(12, 14), range(14, 16)]
+    assert asked[:4] == [range(8, 10), range(12, 14), range(16, 18), range(20, 22)]
     assert ahead._pool._work_queue.qsize() <= 1
     ahead._pool.shutdown()
     assert max(chosen.stop for chosen in asked) == 46  # nothing beyond the end is read, or counted
@@ -282,4 +282,4 @@ def test_computing_ahead_changes_no_batch() -> None:
         raise ValueError(f"no row {chosen.start}")
 
     with pytest.raises(ValueError, match="no row 3"):
-        Ahead(broken, end=4)(range(3, 4))
+        Ahead(broken, between=1, end=4)(range(3, 4))

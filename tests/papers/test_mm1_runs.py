@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,25 +17,30 @@ from conftest import Run
 from multimodal import carry_out
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, Qwen3Config
 
+from retrace.core.bpe import train_bpe
 from retrace.core.claims import load_claims
 from retrace.core.compose import compose
 from retrace.core.config import CONFIGS, validate
+from retrace.core.context import Context
 from retrace.core.plan import load_ablations, plan
 from retrace.core.record import Record
 from retrace.core.store import Store
 from retrace.papers.mm1 import cost, evaluation, programs
-from retrace.papers.mm1.choices import PretrainedDecoder, PretrainedEncoder, ScratchEncoder
+from retrace.papers.mm1.choices import Corpora, PretrainedDecoder, PretrainedEncoder, ScratchEncoder
 from retrace.papers.mm1.config import SUB_IMAGES, MM1Config, Rows
 from retrace.papers.mm1.contrastive import ContrastiveModel
 from retrace.papers.mm1.decoder import build_decoder
 from retrace.papers.mm1.encoder import build_encoder
 from retrace.papers.mm1.model import MultimodalModel
 from retrace.papers.mm1.packing import Draft, Picture, Window, fill
-from retrace.papers.mm1.program_configs import EncoderConfig, FinetuneConfig, PretrainConfig
+from retrace.papers.mm1.program_configs import EncoderConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
 from retrace.papers.mm1.rows import Piece
+from retrace.papers.mm1.sources import load_tokenizer
 from retrace.papers.mm1.stages import check
 from retrace.papers.mm1.world import IMAGE, vocabulary
+from retrace.papers.mm1.worldtasks import world_tasks
 from retrace.worker import execute
 
 torch.set_num_threads(1)
@@ -431,3 +436,50 @@ def test_the_advice_for_runs_that_do_not_fit_can_be_followed(arm: str, advice: s
     shown = retrace("plan", f"mm1/recipes/{arm}", "scale=paper", "hardware=gpu8").stdout
     assert advice in shown
     assert "activation_checkpointing=true" not in shown  # gpu8 has it
+
+
+@pytest.mark.parametrize("shots", ["[0,4]", "[0]", "[4]"])
+@pytest.mark.parametrize("tuned", [False, True])
+def test_a_procedural_evaluation_is_counted_with_all_its_tasks(shots: str, tuned: bool) -> None:
+    specs = plan(["mm1/main"], ["scale=laptop", f"eval.shots={shots}", *["finetune=${tuning.same}"] * tuned, "seed=0"])
+    config = specs[-1].config
+    assert isinstance(config, EvaluateConfig)
+    tasks = world_tasks(config.data, image_size=24, count=1, seed=0, shots=config.eval.shots)  # type: ignore[arg-type]
+    expected = 0
+    for task in (task for task in tasks if tuned or task.group != "sft"):
+        for number in task.shots:
+            seen = cost.prompt_length(config, number) if task.group != "textcore" else cost.EPISODE_TEXT
+            expected += config.eval.num_episodes * seen
+    assert cost.evaluate(config).tokens == expected
+
+
+@pytest.mark.parametrize(("key", "side"), [("image_size", 120), ("tuning.interpolated.image_size", 192)])
+def test_procedural_images_beyond_what_is_drawn_are_refused_before_anything_runs(key: str, side: int) -> None:
+    asked = ["scale=laptop", "finetune=${tuning.interpolated}", f"{key}={side}"]
+    with pytest.raises(ValueError, match=rf"image_size={side}: procedural images have 96 pixels a side"):
+        plan(["mm1/main"], asked)
+
+
+def test_heads_and_vocabularies_that_are_counted_otherwise_are_refused() -> None:
+    shape = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "intermediate_size": 96}
+    own = PretrainedDecoder(kind="pretrained", name="it", revision="main", shape=shape, vocab_size=320)  # type: ignore[arg-type]
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    own.check_sizes(LlamaConfig(**sizes, vocab_size=320))
+    with pytest.raises(ValueError, match=r"decoder.vocab_size=320: it has 300"):
+        own.check_sizes(LlamaConfig(**sizes, vocab_size=300))
+    with pytest.raises(ValueError, match=r"it: 4 heads of 32 in a hidden size of 64"):
+        own.check_sizes(Qwen3Config(**sizes, num_key_value_heads=4, vocab_size=320, head_dim=32))
+
+
+def test_a_tokenizer_smaller_than_a_padded_embedding_is_taken_and_a_larger_one_is_not(tmp_path: Path) -> None:
+    train_bpe(["a red ball"] * 9, vocab_size=262, key="x", bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    shape = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "intermediate_size": 96}
+    data, ctx = cast(Corpora, None), cast(Context, SimpleNamespace(parents={}))
+
+    def load(rows: int) -> int:
+        options = {"kind": "pretrained", "name": str(tmp_path), "revision": "main", "shape": shape, "vocab_size": rows}
+        return len(load_tokenizer(data, PretrainedDecoder.model_validate(options), ctx))
+
+    assert load(262) == load(320) == 263  # with the image token
+    with pytest.raises(ValueError, match=r"decoder.vocab_size=261: the tokenizer of .* has 262 tokens"):
+        load(261)

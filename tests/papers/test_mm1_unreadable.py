@@ -17,7 +17,7 @@ import torch
 from multimodal import EXPERTS, SIDE, TOKENS, VISION, tiny_model
 from multimodal import IMAGE as IMAGE_ID
 from PIL import Image
-from test_mm1_corpora import Corpus, folder, photo, shards, source, words, write_folder, write_tar
+from test_mm1_corpora import Corpus, folder, photo, shards, source, words, write_folder, write_jsonl, write_tar
 
 from retrace.core import train
 from retrace.core.train import WEIGHT
@@ -126,3 +126,28 @@ def test_a_batch_of_which_nothing_can_be_read_has_no_loss_and_no_gradient(root: 
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None and not p.grad.any() for p in trained)  # which other processes wait for
     assert train._means([{"loss/total": 7.0, "other": 2.0, WEIGHT: 0.0}]) == {"loss/total": 0.0}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl of dicts", "parquet", "parquet of dicts"])
+def test_images_that_rows_name_by_path_lie_relative_to_their_file(root: Path, kind: str) -> None:
+    (root / "own" / "img").mkdir(parents=True)
+    (root / "own" / "img" / "5.jpg").write_bytes(photo(5))
+    named: Any = {"bytes": None, "path": "img/5.jpg"} if "dicts" in kind else "img/5.jpg"
+    rows = [{"image": named, "text": words(5)}, {"image": ["img/5.jpg"], "text": words(6)}]  # the second is none
+    if kind.startswith("jsonl"):
+        write_jsonl(root / "own" / "rows.jsonl", rows)
+    else:
+        table = pyarrow.table({"image": [named], "text": [words(5)]})
+        pyarrow.parquet.write_table(table, root / "own" / "rows.parquet")
+    own = source(shards(f"own/rows.{kind.partition(' ')[0]}", max_bad_share=0.9))
+    drafts = [draft for _, draft in itertools.islice(own.drafts(), 2)]
+    pictures = [part for draft in drafts for part in draft.parts if isinstance(part, Picture)]
+    loaded = own.load(pictures, image_size=4)
+    assert loaded[0] is not None
+    assert (loaded[1] is None) == kind.startswith("jsonl")
+
+
+def test_a_list_of_texts_where_training_takes_one_is_refused(root: Path) -> None:
+    write_jsonl(root / "rows.jsonl", [{"image": "0.jpg", "text": [words(0), words(1)]}])
+    with pytest.raises(ValueError, match=r"rows.jsonl: text is a list of texts, and a caption that is trained on has"):
+        next(source(shards("rows.jsonl")).drafts())

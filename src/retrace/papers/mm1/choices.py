@@ -158,6 +158,14 @@ class PretrainedDecoder(_Weights):
             "intermediate_size": real.intermediate_size,
         }
         self._same("decoder.shape", self.shape, sizes)
+        if real.vocab_size != self.vocab_size + 1:  # as it is once it is loaded, with the image's row
+            self._same("decoder", self, {"vocab_size": real.vocab_size})
+        width = (getattr(real, "head_dim", None) or 0) * real.num_attention_heads
+        if width not in (0, real.hidden_size):
+            raise ValueError(
+                f"{self.name}: {real.num_attention_heads} heads of {real.head_dim} in a hidden size of "
+                f"{real.hidden_size}: costs are counted for heads that share it: choose another decoder"
+            )
 
 
 Encoder = Annotated[ScratchEncoder | PretrainedEncoder, Field(discriminator="kind")]

@@ -19,7 +19,7 @@ from retrace.papers.mm1.choices import (
 )
 from retrace.papers.mm1.mixture import Mixture
 from retrace.papers.mm1.shape import ConnectorShape, DecoderShape, ExpertsShape, VisionShape
-from retrace.papers.mm1.world import WorldConfig
+from retrace.papers.mm1.world import NATIVE, WorldConfig
 
 TASKS = CONFIGS / "mm1" / "tasks"
 SUB_IMAGES = 5  # an overview and four quarters (Section 2.4)
@@ -257,6 +257,10 @@ class MM1Config(Experiment):
     @model_validator(mode="after")
     def _sources_are_there(self) -> Self:
         if isinstance(self.data, WorldConfig):
+            sides = {"image_size": self.image_size, "finetune.image_size": self.finetune and self.finetune.image_size}
+            for key, side in sides.items():
+                if side and side > NATIVE:
+                    raise ValueError(f"{key}={side}: procedural images have {NATIVE} pixels a side: use at most that")
             if self.eval.text_tasks:
                 raise ValueError("eval.text_tasks: procedural data brings its own text tasks; use []")
             if isinstance(self.decoder, PretrainedDecoder):

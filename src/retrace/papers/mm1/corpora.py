@@ -274,7 +274,8 @@ def _file_rows(file: Path, start: int) -> Iterator[Row]:
     import datasets
 
     try:
-        yield from _open(file).skip(start)
+        for row in _open(file).skip(start):
+            yield {**row, "__folder__": str(file.parent)}
     except ValueError as error:
         if "WebDataset format" in str(error):  # which `datasets` says of its first five samples
             raise ValueError(

@@ -99,6 +99,11 @@ class CorpusSource:
         if any(field not in row for field in config.fields):
             return None
         image, text = row.get(config.image_field), row[config.text_field]
+        if isinstance(text, list) and config.document != "interleaved":
+            raise ValueError(
+                f"{name}: {config.text_field} is a list of texts, and a {config.document} that is trained on has one: "
+                "write a row for each"
+            )
         parts: list[Piece | Picture] = []
         if config.document == "interleaved":
             if not isinstance(image, list) or not isinstance(text, list) or len(image) != len(text):

@@ -22,13 +22,14 @@ from retrace.papers.mm1.program_configs import (
     TokenizerConfig,
 )
 from retrace.papers.mm1.shape import ConnectorShape, DecoderShape, ExpertsShape, VisionShape
-from retrace.papers.mm1.world import ATTRIBUTES
+from retrace.papers.mm1.world import ATTRIBUTES, WorldConfig
 
 TRAIN = 3.0  # forward and backward, in forward passes
 KEPT_VISION, KEPT_DECODER = 14, 16  # hidden-sized tensors that a layer keeps of a patch or token for its backward pass
 LOGIT_COPIES = 3
 BPE_TOKENS = 500  # of a document that a tokenizer is trained on
 EPISODE_TEXT = 32  # positions of an episode that are no image
+TEXT_TASKS, QUESTION_TASKS = 3, 4  # of the procedural world; questions are asked of tuned models
 
 Model = PretrainConfig | FinetuneConfig | EvaluateConfig
 
@@ -205,6 +206,7 @@ def _joint(
         patches=optim.micro_batch_size * per_row * config.vision.grid**2,
         decoder=shape,
         tokens=optim.micro_batch_size * rows.seq_len,
+        experts=config.experts,
     )
     return Cost(seqs * rows.seq_len, TRAIN * seqs * flops, memory)
 
@@ -226,8 +228,14 @@ def evaluate(config: EvaluateConfig) -> Cost:
     if isinstance(data, Corpora):
         episodes = {shot: sum(task.limit or task.num_items for task in data.tasks.values()) for shot in asked.shots}
     else:
-        episodes = {shot: asked.num_episodes * (1 + (len(ATTRIBUTES) if shot else 0)) for shot in asked.shots}
+        more = {shot: len(ATTRIBUTES) if shot else 1 for shot in asked.shots}  # without shots, unseen captions
+        episodes = {shot: asked.num_episodes * (1 + count) for shot, count in more.items()}
     tokens = flops = 0.0
+    if isinstance(data, WorldConfig):
+        texts, length = asked.num_episodes * TEXT_TASKS, EPISODE_TEXT
+        tokens += texts * length
+        flops += texts * forward_flops(config, tokens=length, keys=length / 2, logits=length, images=0)
+        episodes[0] = episodes.get(0, 0) + asked.num_episodes * QUESTION_TASKS * config.tuned
     for shot, count in episodes.items():
         images, length = prompt_images(config, shot), prompt_length(config, shot)
         tokens += count * length
@@ -260,6 +268,7 @@ def _memory(
     patches: float = 0,
     decoder: Counted | None = None,
     tokens: float = 0,
+    experts: ExpertsShape | None = None,
 ) -> Memory:
     """Weights with gradients and moments; what layers keep of each patch and token, and logits."""
     size = COMPUTED[optim.precision]
@@ -275,6 +284,10 @@ def _memory(
         logits = FP32 * LOGIT_COPIES * min(tokens * decoder.vocab_size, 2**27)
         kept += decoder.num_layers * layer + logits
         again += decoder.num_layers * size * tokens * decoder.hidden_size + layer + logits
+        if experts is not None:  # each token's MLPs but the first, and what goes into them and comes out
+            each = (experts.top_k - 1) * 4 * decoder.intermediate_size + 3 * experts.top_k * decoder.hidden_size
+            kept += decoder.num_layers // experts.every * size * tokens * each
+            again += size * tokens * each
     return Memory(
         parameters=count,
         trained=trained,

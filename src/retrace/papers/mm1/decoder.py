@@ -91,7 +91,7 @@ class Decoder(nn.Module):
     def _text_loss(self, hidden_JC: Tensor, labels_J: Tensor) -> Tensor:
         """Cross entropy whose logits are never all alive: all but a single chunk's are computed again behind."""
         if not len(labels_J):
-            return hidden_JC.sum()  # 0, with a gradient of 0 for all who wait for one
+            return hidden_JC.sum() + self.logits(hidden_JC).sum()  # 0, with gradients of 0 for all who wait, a head too
         rows = max(1, LOGITS.get(hidden_JC.device.type, LOGITS_ELSEWHERE) // self.vocab_size)
         if len(labels_J) <= rows:
             return self._nll(hidden_JC, labels_J) / len(labels_J)

@@ -203,6 +203,8 @@ def _text_tasks(
             responses_dir=ctx.run.path / "responses",
         )
         metrics |= result.metrics
+        if result.num_shortened:
+            ctx.notes.setdefault("contexts_shortened", {})[name] = result.num_shortened
     main = [
         next(metrics[f"{name}/{metric}"] for metric in ("acc", "exact_match") if f"{name}/{metric}" in metrics)
         for name in config.eval.text_tasks

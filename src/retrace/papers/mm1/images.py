@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retrace.papers.mm1.world import COLORS, SHAPES, Scene
+from retrace.papers.mm1.world import COLORS, NATIVE, SHAPES, Scene
 
 Array = npt.NDArray[np.float32]
 
-NATIVE = 96
 FONT_PIXEL = 4  # native pixels a side of one of the 3 x 5 that make a digit
 LEFT, TOP, APART = 3, 4, 64  # of the first digit; patches of grids of 3, 6, 9 and 12 cut all four alike
 RADIUS, JITTER = 26.0, 5.0  # of the shape; jitter of its center in native pixels

@@ -68,7 +68,7 @@ class Photos:
         if file is None or len(self._known) >= MOST_KNOWN:
             return True
         before = len(self._known)
-        self._known.add(hash((str(folder), file)))
+        self._known.add(hash((str(folder), file if isinstance(file, str | bytes) else repr(file))))
         return len(self._known) > before
 
 
@@ -111,6 +111,8 @@ def _white(image: Image.Image) -> int:
 
 def _try(picture: Picture, image_size: int) -> Tensor | Exception:
     file, folder = picture.what
+    if isinstance(file, dict) and file.get("bytes") is None:
+        file = file.get("path")
     try:
         return load_image(
             Path(folder) / file if isinstance(file, str) and "://" not in file else file, image_size=image_size

@@ -89,7 +89,7 @@ def load_tokenizer(
     own.add_special_tokens({"additional_special_tokens": [AddedToken(IMAGE, special=True)]})
     if own.pad_token_id is None:
         own.pad_token = own.eos_token
-    if len(own) != decoder.vocab_size + 1:
+    if len(own) > decoder.vocab_size + 1:  # fewer where the embedding is padded
         raise ValueError(
             f"decoder.vocab_size={decoder.vocab_size}: the tokenizer of {decoder.name} has {len(own) - 1} tokens"
         )
@@ -165,4 +165,7 @@ def stream(
 def ahead(rows: BatchOf, optim: Optim, ctx: Context) -> BatchOf:
     """The rows of a training; made while the model works, where a core is free for that."""
     free = ctx.hardware.device == "cuda" or ctx.hardware.has_spare_core
-    return Ahead(rows, end=optim.steps * optim.batch_size) if free else rows
+    if not free:
+        return rows
+    between = optim.micro_batch_size * ctx.hardware.processes  # rows, from one batch of a process to its next
+    return Ahead(rows, between=between, end=optim.steps * optim.batch_size)

@@ -245,23 +245,23 @@ def together(notes: Sequence[Mapping[str, int]]) -> dict[str, int]:
 class Ahead:
     """Computes the next batch in a thread while the model works on this one: rows are pure, so guessing is harmless."""
 
-    def __init__(self, rows: Callable[[range], Mapping[str, Tensor]], *, end: int) -> None:
-        """`end`: behind the last row that will be asked for, so that none is read and counted beyond it."""
-        self.rows, self.end = rows, end
+    def __init__(self, rows: Callable[[range], Mapping[str, Tensor]], *, between: int, end: int) -> None:
+        """`between`: rows from one batch to the next, of which other processes may read some.
+
+        `end`: behind the last row that will be asked for, so that none is read and counted beyond it.
+        """
+        self.rows, self.between, self.end = rows, between, end
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._last: range | None = None
         self._guess: tuple[range, Future[Mapping[str, Tensor]]] | None = None
 
     def __call__(self, rows: range) -> Mapping[str, Tensor]:
-        """The batch of these rows. Guessed next are those as far behind these as these are behind the last ones."""
+        """The batch of these rows."""
         if self._guess is not None and self._guess[0] == rows:
             pending = self._guess[1]
         else:
             pending = self._pool.submit(self.rows, rows)
-        step = len(rows) if self._last is None else rows.start - self._last.start
-        self._last = rows
         batch = pending.result()
-        following = range(rows.start + step, rows.stop + step)
-        wanted = following.start >= 0 and following.stop <= self.end
+        following = range(rows.start + self.between, rows.stop + self.between)
+        wanted = following.stop <= self.end
         self._guess = (following, self._pool.submit(self.rows, following)) if wanted else None
         return batch

@@ -38,6 +38,7 @@ FILLER = _words("our best day at home with some old friends and one more in here
 KEYS = _words("door lamp river chair stone cloud glass horse paper wheel bread tower")
 CHAIN = _words("we walk then they rest while rain falls over hills near sleepy towns until night comes")
 FORMS = _words("a photo of question : what shape color first last digit ? short answer = , ; + .")
+NATIVE = 96  # pixels a side that an image is drawn with
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<bos>", "<eos>", "<unk>", "<image>"
 NEWLINE = "\n"  # a word like others: it parts the turns of a document
 CHAIN_HABIT = 0.75  # probability of a word's usual successor

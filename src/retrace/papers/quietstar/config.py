@@ -1,7 +1,7 @@
 """What can be asked of a Quiet-STaR experiment. Names follow the paper; section numbers are the paper's.
 
 `num_sampled` counts the thought tokens that are sampled, without START and END: the official code's `n_ahead` is
-`num_sampled + 3`, and the legend of the paper's Figure 2 counts in the official way.
+`num_sampled + 3`, and the legend of the paper's Figure 2 counts in the official way, almost certainly.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class MixingHead(Frozen):
 
 
 class ThoughtConfig(Frozen):
-    """One thought at every token and how it is learned (Sections 4.1-4.5)."""
+    """One thought at every token and how it is learned (Sections 4.1-4.4)."""
 
     num_sampled: int = Field(ge=0, le=256)  # sampled tokens in a thought; 0: no thoughts at all, a plain LM
     num_true: int = Field(ge=1, le=64)  # true tokens scored after each thought (the paper's n_true)
@@ -98,7 +98,7 @@ class Lora(Frozen):
 
 
 class ContinuedConfig(Frozen):
-    """Continued training with thoughts (Section 4.6): one learning rate for each kind of parameter."""
+    """Continued training with thoughts: one learning rate for each kind of parameter."""
 
     num_windows: int = Field(ge=1)
     lora: Lora | None  # null: every weight of the trunk is trained, as in the paper
