@@ -80,3 +80,11 @@ def test_the_interval_of_a_slope_is_students() -> None:
     assert half == pytest.approx(12.7062 * math.sqrt(1 / 6 / 2), rel=1e-4)
     with pytest.raises(ValueError, match="2 points: an interval of a slope needs three"):
         line([0, 1], [0, 1])
+
+
+def test_decoders_of_the_law_that_cannot_be_are_refused_before_anything_runs() -> None:
+    law = "rates={learning_rates: [1.0e-4, 2.0e-4], near: 0.02, law: true}"
+    with pytest.raises(ValueError, match=r"experts.every=3 with sizes.decoders.small.num_layers=2: no layer would"):
+        plan(["mm1/main"], ["scale=laptop", law, "experts={num_experts: 4, every: 3}"])
+    with pytest.raises(ValueError, match=r"rates.law=true: its decoders are made here"):
+        plan(["mm1/main"], ["scale=paper", law])

@@ -124,9 +124,7 @@ class Rates(Frozen):
     """The learning rates of joint pre-training that an experiment chooses from (Section 3.2)."""
 
     learning_rates: tuple[float, ...] = Field(min_length=2)
-    near: float = Field(
-        ge=0, lt=1
-    )  # share of the best score that another rate may lack and still count as one of the best
+    near: float = Field(ge=0, lt=1)  # share of the best score that another rate may lack and count as one of the best
     law: bool = False  # for all of sizes.decoders, and a law fit through them
 
     @model_validator(mode="after")
@@ -227,11 +225,19 @@ class MM1Config(Experiment):
     def _experts_fit(self) -> Self:
         if self.decoder.shape.experts is not None:
             raise ValueError("decoder.shape.experts: the decoder is pre-trained dense; set `experts` instead")
-        if self.experts is not None and self.experts.every > self.decoder.shape.num_layers:
-            raise ValueError(
-                f"experts.every={self.experts.every} with decoder.shape.num_layers={self.decoder.shape.num_layers}: "
-                "no layer would have experts"
-            )
+        shapes = {"decoder.shape": self.decoder.shape}
+        if self.rates is not None and self.rates.law:
+            if isinstance(self.decoder, PretrainedDecoder):
+                raise ValueError(
+                    "rates.law=true: its decoders are made here, in sizes.decoders; use decoder.kind=scratch"
+                )
+            shapes = {f"sizes.decoders.{name}": shape for name, shape in self.sizes.decoders}
+        for key, shape in shapes.items():
+            if self.experts is not None and self.experts.every > shape.num_layers:
+                raise ValueError(
+                    f"experts.every={self.experts.every} with {key}.num_layers={shape.num_layers}: no layer would have "
+                    "experts"
+                )
         return self
 
     @model_validator(mode="after")
