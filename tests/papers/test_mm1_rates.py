@@ -87,4 +87,4 @@ def test_decoders_of_the_law_that_cannot_be_are_refused_before_anything_runs() -
     with pytest.raises(ValueError, match=r"experts.every=3 with sizes.decoders.small.num_layers=2: no layer would"):
         plan(["mm1/main"], ["scale=laptop", law, "experts={num_experts: 4, every: 3}"])
     with pytest.raises(ValueError, match=r"rates.law=true: its decoders are made here"):
-        plan(["mm1/main"], ["scale=paper", law])
+        plan(["mm1/main"], ["scale=paper", law], check=True)

@@ -227,10 +227,6 @@ class MM1Config(Experiment):
             raise ValueError("decoder.shape.experts: the decoder is pre-trained dense; set `experts` instead")
         shapes = {"decoder.shape": self.decoder.shape}
         if self.rates is not None and self.rates.law:
-            if isinstance(self.decoder, PretrainedDecoder):
-                raise ValueError(
-                    "rates.law=true: its decoders are made here, in sizes.decoders; use decoder.kind=scratch"
-                )
             shapes = {f"sizes.decoders.{name}": shape for name, shape in self.sizes.decoders}
         for key, shape in shapes.items():
             if self.experts is not None and self.experts.every > shape.num_layers:

@@ -140,6 +140,8 @@ def check(config: MM1Config) -> None:
     And for batches that the machine's processes can't share evenly.
     """
     c, processes = config, config.hardware.processes
+    if c.rates is not None and c.rates.law and isinstance(c.decoder, PretrainedDecoder):
+        raise ValueError("rates.law=true: its decoders are made here (sizes.decoders): use decoder.kind=scratch")
     optims = {"pretrain.optim": c.pretrain.optim}
     if isinstance(c.encoder, ScratchEncoder):
         optims["encoder.optim"] = c.encoder.optim
