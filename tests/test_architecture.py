@@ -20,13 +20,13 @@ LAYER_0 = {
     "core.memo", "core.memory", "core.mirrors", "core.outlook", "core.pages", "core.paper",
     "core.plan", "core.planview", "core.power", "core.progress", "core.provenance", "core.publish",
     "core.record", "core.report", "core.reportfigures", "core.reportruns", "core.reportview", "core.results",
-    "core.samplefigure", "core.samples", "core.scales", "core.slurm", "core.snapshot", "core.squeue", "core.stats",
-    "core.statusview", "core.store", "core.svg", "core.sweep", "core.tasks", "core.texts", "core.tracking",
+    "core.samplefigure", "core.samples", "core.scales", "core.slurm", "core.slurmjob", "core.snapshot", "core.squeue",
+    "core.stats", "core.statusview", "core.store", "core.svg", "core.sweep", "core.tasks", "core.texts", "core.tracking",
     "core.units", "core.upload", "core.verdictfigures", "core.verdicts", "usage",
 }  # fmt: skip
 HOMES = {
     "hydra": ("core.compose",), "wandb": ("core.mirrors", "core.upload"), "lm_eval": ("core.evaluate", "plugin"),
-    "peft": ("papers.quietstar.lora",), "submitit": ("core.slurm",),
+    "peft": ("papers.quietstar.lora",), "submitit": ("core.slurm", "core.slurmjob"),
     "trackio": ("core.mirrors",), "wandb_workspaces": ("core.boards", "core.upload"),
 }  # fmt: skip
 PURE = {

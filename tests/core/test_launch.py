@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_pages import HARDWARE, TRACKING
 
-from retrace.core import launch, slurm
+from retrace.core import launch, slurmjob
 from retrace.core.config import Frozen
 from retrace.core.launch import Local, Summary, _skip_children
 from retrace.core.plan import RunSpec, plan
@@ -126,9 +126,9 @@ def test_a_job_runs_on_the_hardware_that_it_asked_for_whatever_was_frozen_since(
     asked = spec.hardware.model_copy(update={"threads": 1})
     run_dir = store.run(spec.id)
     run_dir.freeze(spec, command="of this machine, and killed")
-    monkeypatch.setattr(slurm, "_task", lambda: None)  # submitit would look for Slurm's variables
+    monkeypatch.setattr(slurmjob, "_task", lambda: None)  # submitit would look for Slurm's variables
     monkeypatch.setattr(Worker, "run", lambda _, given, path: ("DONE", f"{given.hardware.threads} {path.name}"))
-    assert slurm.Job(str(tmp_path), [spec.id], hardware=asked, patience=1.0)() == {spec.id: "DONE"}
+    assert slurmjob.Job(str(tmp_path), [spec.id], hardware=asked, patience=1.0)() == {spec.id: "DONE"}
     assert run_dir.load()[0].hardware == asked
 
 
@@ -140,10 +140,10 @@ def test_a_job_leaves_what_somebody_alive_has_frozen_until_he_has_ended(
     held.freeze(spec, command="of this machine, and alive")
     before = (held.path / "config.json").read_text()
     asked = spec.hardware.model_copy(update={"threads": 1})
-    monkeypatch.setattr(slurm, "_task", lambda: None)
-    monkeypatch.setattr(slurm, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(slurmjob, "_task", lambda: None)
+    monkeypatch.setattr(slurmjob, "BUSY_SECONDS", 0.05)
     monkeypatch.setattr(Worker, "run", lambda *_: ("DONE", ""))
-    job, statuses = slurm.Job(str(tmp_path), [spec.id], hardware=asked, patience=1.0), dict[str, str]()
+    job, statuses = slurmjob.Job(str(tmp_path), [spec.id], hardware=asked, patience=1.0), dict[str, str]()
     thread = threading.Thread(target=lambda: statuses.update(job()))
     with held.lease():
         thread.start()

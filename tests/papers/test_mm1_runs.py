@@ -17,7 +17,7 @@ from conftest import Run
 from multimodal import carry_out
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, Qwen3Config
+from transformers import BertConfig, LlamaConfig, Qwen3Config
 
 from retrace.core.bpe import train_bpe
 from retrace.core.claims import load_claims
@@ -467,6 +467,8 @@ def test_heads_and_vocabularies_that_are_counted_otherwise_are_refused() -> None
     own.check_sizes(LlamaConfig(**sizes, vocab_size=320))
     with pytest.raises(ValueError, match=r"decoder.vocab_size=320: it has 300"):
         own.check_sizes(LlamaConfig(**sizes, vocab_size=300))
+    with pytest.raises(ValueError, match=r"decoder.shape.num_kv_heads=4: it has no such size: name a model of another"):
+        own.check_sizes(BertConfig(**sizes, vocab_size=320))
     with pytest.raises(ValueError, match=r"it: 4 heads of 32 in a hidden size of 64"):
         own.check_sizes(Qwen3Config(**sizes, num_key_value_heads=4, vocab_size=320, head_dim=32))
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from retrace.core.config import Frozen, data_root
 from retrace.core.optim import Optim
+from retrace.core.weights import load_pretrained
 from retrace.papers.mm1.corpora import CorpusConfig, HubDataset, ImageFolder, LocalShards
 from retrace.papers.mm1.shape import DecoderShape, ImagePooling, VisionShape, check_heads
 from retrace.papers.mm1.world import WorldConfig, vocabulary
@@ -92,11 +93,29 @@ class _Weights(Frozen):
         folders = [Path(self.name), *([root / self.name] if root else [])]
         return next((str(path) for path in folders if (path / "config.json").is_file()), self.name)
 
-    def _same(self, key: str, told: Frozen, real: Mapping[str, int]) -> None:
+    def check(self) -> None:
+        """Raise ValueError where the weights have other sizes than are told, by their config.json alone."""
+        from transformers import AutoConfig  # it takes seconds
+
+        self.check_sizes(load_pretrained(AutoConfig, self.place(), revision=self.revision))
+
+    def check_sizes(self, real: Any) -> None:
+        """Raise ValueError where `real`, the config of transformers that the weights have, has other sizes."""
+        raise NotImplementedError
+
+    def _same(self, key: str, told: Frozen, real: Mapping[str, int | None]) -> None:
         """Raise ValueError for a size that the weights do not have: costs would be wrong."""
         for size, found in real.items():
-            if (given := getattr(told, size)) != found:
+            given = getattr(told, size)
+            if found is None:
+                raise ValueError(f"{key}.{size}={given}: {self.name} has no such size: name a model of another kind")
+            if given != found:
                 raise ValueError(f"{key}.{size}={given}: {self.name} has {found}: correct the sizes beside its name")
+
+
+def _sizes(real: Any, **names: str) -> dict[str, int | None]:
+    """Sizes that a config of transformers has under these names; None for one that it has not."""
+    return {size: getattr(real, name, None) for size, name in names.items()}
 
 
 class PretrainedEncoder(_Weights):
@@ -120,14 +139,10 @@ class PretrainedEncoder(_Weights):
     def check_sizes(self, real: Any) -> None:
         """Raise ValueError where `real`, the config of transformers that the weights have, has other sizes."""
         real = getattr(real, "vision_config", real)  # of a model that has a text tower too
+        sizes = _sizes(real, patch_size="patch_size", hidden_size="hidden_size", num_layers="num_hidden_layers")
+        wide = getattr(real, "intermediate_size", None)
         gated = real.model_type.startswith("aimv2")
-        sizes = {
-            "patch_size": real.patch_size,
-            "hidden_size": real.hidden_size,
-            "num_layers": real.num_hidden_layers,
-            "intermediate_size": real.intermediate_size * 3 // 2 if gated else real.intermediate_size,
-        }
-        self._same("encoder", self, sizes)
+        self._same("encoder", self, {**sizes, "intermediate_size": wide * 3 // 2 if wide and gated else wide})
 
 
 class ScratchDecoder(Frozen):
@@ -150,16 +165,16 @@ class PretrainedDecoder(_Weights):
 
     def check_sizes(self, real: Any) -> None:
         """Raise ValueError where `real`, the config of transformers that the weights have, has other sizes."""
-        sizes = {
-            "hidden_size": real.hidden_size,
-            "num_layers": real.num_hidden_layers,
-            "num_heads": real.num_attention_heads,
-            "num_kv_heads": real.num_key_value_heads,
-            "intermediate_size": real.intermediate_size,
-        }
+        sizes = _sizes(
+            real,
+            hidden_size="hidden_size",
+            num_layers="num_hidden_layers",
+            num_heads="num_attention_heads",
+            num_kv_heads="num_key_value_heads",
+            intermediate_size="intermediate_size",
+        )
         self._same("decoder.shape", self.shape, sizes)
-        if real.vocab_size != self.vocab_size + 1:  # as it is once it is loaded, with the image's row
-            self._same("decoder", self, {"vocab_size": real.vocab_size})
+        self._same("decoder", self, _sizes(real, vocab_size="vocab_size"))
         width = (getattr(real, "head_dim", None) or 0) * real.num_attention_heads
         if width not in (0, real.hidden_size):
             raise ValueError(

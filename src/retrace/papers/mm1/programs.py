@@ -251,8 +251,8 @@ def _encoder(config: PretrainConfig, ctx: Context) -> VisionEncoder:
     dtype = KEPT[config.pretrain.optim.precision]
     if isinstance(config.encoder, PretrainedEncoder):
         chosen = config.encoder
+        chosen.check()
         loaded = load_encoder(chosen.place(), image_size=config.image_size, revision=chosen.revision, dtype=dtype)
-        chosen.check_sizes(loaded.trunk.config)
         note_commit(ctx.notes, chosen.place(), revision=chosen.revision)
         return loaded
     found = from_pretrained(ctx.parents["encoder"].path / MODEL, dtype=dtype)
@@ -266,9 +266,9 @@ def _decoder(config: PretrainConfig, ctx: Context) -> Decoder:
     if isinstance(config.decoder, PretrainedDecoder):
         rows = vocab_size(config.data, config.decoder)
         chosen = config.decoder
+        chosen.check()
         new: dict[str, Any] = {"experts": experts, "vocab_size": rows, "seed": config.seed}
         read = load_decoder(chosen.place(), revision=chosen.revision, dtype=dtype, **new)
-        chosen.check_sizes(read.trunk.config)
         note_commit(ctx.notes, chosen.place(), revision=chosen.revision)
         return read
     found = from_pretrained(ctx.parents["decoder"].path / MODEL, dtype=dtype)

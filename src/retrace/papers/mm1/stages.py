@@ -14,7 +14,7 @@ from typing import Any
 from retrace.core.config import data_root
 from retrace.core.paper import Stage
 from retrace.core.tasks import require_hub, task_fingerprint, validate_tasks
-from retrace.core.weights import load_pretrained, require_weights
+from retrace.core.weights import require_weights
 from retrace.papers.mm1 import corpora, cost
 from retrace.papers.mm1.choices import (
     Corpora,
@@ -166,9 +166,7 @@ def check(config: MM1Config) -> None:
         if isinstance(part, PretrainedEncoder | PretrainedDecoder):
             require_weights(Path(part.place()))
             if Path(part.place()).is_dir():
-                from transformers import AutoConfig  # it takes seconds
-
-                part.check_sizes(load_pretrained(AutoConfig, part.place()))
+                part.check()
             else:
                 require_hub(part.name, "download it where it can be reached, and name the folder instead")
 
