@@ -21,8 +21,8 @@ LAYER_0 = {
     "core.plan", "core.planview", "core.power", "core.progress", "core.provenance", "core.publish",
     "core.record", "core.report", "core.reportfigures", "core.reportruns", "core.reportview", "core.results",
     "core.samplefigure", "core.samples", "core.scales", "core.slurm", "core.slurmjob", "core.snapshot", "core.squeue",
-    "core.stats", "core.statusview", "core.store", "core.svg", "core.sweep", "core.tasks", "core.texts", "core.tracking",
-    "core.units", "core.upload", "core.verdictfigures", "core.verdicts", "usage",
+    "core.stats", "core.statusview", "core.store", "core.svg", "core.sweep", "core.tasks", "core.texts",
+    "core.tracking", "core.units", "core.upload", "core.verdictfigures", "core.verdicts", "usage",
 }  # fmt: skip
 HOMES = {
     "hydra": ("core.compose",), "wandb": ("core.mirrors", "core.upload"), "lm_eval": ("core.evaluate", "plugin"),
