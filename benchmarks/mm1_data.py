@@ -40,7 +40,7 @@ def train(ahead: bool) -> dict[str, list[float]]:
     waited = 0.0
 
     def clocked(rows: Rows, optim: Optim, _: Any) -> Rows:
-        made = Ahead(rows, end=optim.steps * optim.batch_size) if ahead else rows
+        made = Ahead(rows, between=optim.batch_size, end=optim.steps * optim.batch_size) if ahead else rows
 
         def timed(numbers: range) -> Mapping[str, Tensor]:
             nonlocal waited

@@ -108,10 +108,26 @@ def test_c_abstractor_equals_a_plain_implementation_with_the_same_weights(grid: 
 
 def test_six_bottlenecks_of_honeybees_size_have_the_weights_that_the_specification_counts() -> None:
     with torch.device("meta"):
-        model = CAbstractor(12, grid=24, depth=3, epsilon=1e-5, in_size=1024, hidden_size=1024, out_size=2048)
+        shape = ConnectorShape(kind="c_abstractor", num_tokens=144, hidden_size=1024, depth=3)
+        model = CAbstractor(shape, grid=24, in_size=1024, out_size=2048)
     blocks = sum(p.numel() for part in (model.before, model.behind) for p in part.parameters())
     assert blocks == pytest.approx(6 * 2.5 * 1024**2, rel=0.02)
     assert isinstance(model.before[0].shortcut, nn.Identity)
+
+
+def test_with_zero_init_a_new_c_abstractor_is_pooling_between_activations_and_all_of_it_learns() -> None:
+    shape = ConnectorShape(kind="c_abstractor", num_tokens=4, hidden_size=12, depth=2, zero_init=True)
+    model = build_connector(shape, grid=4, in_size=12, out_size=20, seed=0)
+    features_MPD = torch.randn(2, 16, 12)
+    seen = F.silu(F.silu(features_MPD + model.positions))
+    means = F.silu(F.silu(seen.view(2, 2, 2, 2, 2, 12).mean((2, 4)).flatten(1, 2)))
+    torch.testing.assert_close(model(features_MPD), model.read_out(means), atol=1e-6, rtol=1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):  # the first step moves the norms off zero, behind which nothing learned before
+        optimizer.zero_grad()
+        model(features_MPD).square().sum().backward()
+        optimizer.step()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
 
 
 def test_depth_0_is_pooling_with_a_two_layer_read_out() -> None:

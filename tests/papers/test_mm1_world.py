@@ -88,7 +88,7 @@ def test_a_smaller_image_is_the_area_average_of_the_larger() -> None:
 def test_the_patches_of_a_grid_cut_a_digit_alike_in_all_four_corners(grid: int) -> None:
     """Or an encoder that reads it in one learns nothing for the others."""
     plane_NN, height = np.zeros((NATIVE, NATIVE), np.float32), DIGIT_PIXELS[0].shape[0]
-    _put_digits(plane_NN, ("7", "7", "7", "7"), np.full(8, 0.99, np.float32))
+    _put_digits(np.zeros_like(plane_NN), plane_NN, ("7", "7", "7", "7"), [3] * 8, 1.0)
     assert plane_NN.sum() == 4 * DIGIT_PIXELS[7].sum(), "one lies over the edge, or over another"
     small = F.interpolate(torch.from_numpy(plane_NN)[None, None], size=4 * grid, mode="area")[0, 0]
     patches = small.unfold(0, 4, 4).unfold(1, 4, 4)  # (grid, grid, 4, 4)

@@ -66,7 +66,7 @@ class AttentionPool(nn.Module):
 class Bottleneck(nn.Module):
     """RegNet's block: 1x1, depth-wise 3x3, squeeze and excite, 1x1, shortcut; SiLU and LayerNorm over channels."""
 
-    def __init__(self, in_size: int, out_size: int, *, epsilon: float) -> None:
+    def __init__(self, in_size: int, out_size: int, *, epsilon: float, zero_init: bool) -> None:
         super().__init__()
         squeezed = round(SQUEEZE * in_size)
         self.reduce = nn.Linear(in_size, out_size, bias=False)
@@ -77,6 +77,8 @@ class Bottleneck(nn.Module):
         self.excite = nn.Linear(squeezed, out_size)
         self.expand = nn.Linear(out_size, out_size, bias=False)
         self.expand_norm = nn.LayerNorm(out_size, eps=epsilon)
+        if zero_init:
+            nn.init.zeros_(self.expand_norm.weight)
         self.shortcut: nn.Module = nn.Identity()
         if in_size != out_size:
             self.shortcut = nn.Sequential(nn.Linear(in_size, out_size, bias=False), nn.LayerNorm(out_size, eps=epsilon))
@@ -94,15 +96,15 @@ class Bottleneck(nn.Module):
 class CAbstractor(nn.Module):
     """Honeybee's locality-keeping abstractor, `depth` bottlenecks on either side of the pooling."""
 
-    def __init__(
-        self, side: int, *, grid: int, depth: int, epsilon: float, in_size: int, hidden_size: int, out_size: int
-    ) -> None:
+    def __init__(self, shape: ConnectorShape, *, grid: int, in_size: int, out_size: int) -> None:
         super().__init__()
-        self.side = side
+        depth = shape.depth
+        self.side = shape.side
         self.positions = nn.Parameter(torch.empty(grid * grid, in_size).normal_(std=0.02)) if depth else None
-        inner = hidden_size if depth else in_size
+        inner = shape.hidden_size if depth else in_size
         sizes = [in_size] + [inner] * (2 * depth)
-        blocks = [Bottleneck(before, after, epsilon=epsilon) for before, after in pairwise(sizes)]
+        options = {"epsilon": shape.norm_epsilon, "zero_init": shape.zero_init}
+        blocks = [Bottleneck(before, after, **options) for before, after in pairwise(sizes)]
         self.before, self.behind = nn.Sequential(*blocks[:depth]), nn.Sequential(*blocks[depth:])
         self.read_out = nn.Sequential(nn.Linear(inner, out_size), nn.SiLU(), nn.Linear(out_size, out_size))
 
@@ -133,16 +135,14 @@ def build_connector(shape: ConnectorShape, *, grid: int, in_size: int, out_size:
     torch.manual_seed(derive_seed(seed, "connector"))
     if shape.kind == "attention_pool":
         return AttentionPool(shape.num_tokens, in_size=in_size, out_size=out_size)
-    side = round(shape.num_tokens**0.5)
-    if side > grid:
+    if shape.side > grid:
         raise ValueError(
             f"num_tokens={shape.num_tokens} with kind={shape.kind}: a grid of {grid}x{grid} patches gives at most "
             f"{grid * grid}; use fewer, a higher resolution or attention_pool"
         )
     if shape.kind == "average_pool":
-        return AveragePool(side, in_size=in_size, out_size=out_size)
-    sizes = {"in_size": in_size, "hidden_size": shape.hidden_size, "out_size": out_size}
-    return CAbstractor(side, grid=grid, depth=shape.depth, epsilon=shape.norm_epsilon, **sizes)
+        return AveragePool(shape.side, in_size=in_size, out_size=out_size)
+    return CAbstractor(shape, grid=grid, in_size=in_size, out_size=out_size)
 
 
 def pooled(map_MggD: Tensor, side: int) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: M images, N native pixels a side, R pixels a side, P = 3 planes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ FONT_PIXEL = 4  # native pixels a side of one of the 3 x 5 that make a digit
 LEFT, TOP, APART = 3, 4, 64  # of the first digit; patches of grids of 3, 6, 9 and 12 cut all four alike
 RADIUS, JITTER = 26.0, 5.0  # of the shape; jitter of its center in native pixels
 NOISE = 0.25  # half the width of the brightness noise of a native pixel
+STEP = 2 * NOISE / 255  # between two brightnesses of it
+MARGIN = 13  # native pixels that no shape reaches
 DRAWN_AT_ONCE = 32  # so that the planes stay in the processor's cache
 GLYPHS = (
     "111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001",
@@ -46,7 +49,8 @@ def _glyph(bits: str) -> Array:
     return np.kron(small, np.ones((FONT_PIXEL, FONT_PIXEL), np.float32))
 
 
-DIGIT_PIXELS = [_glyph(bits) for bits in GLYPHS]
+DIGIT_PIXELS = np.stack([_glyph(bits) for bits in GLYPHS])
+AROUND_DIGITS = 1 - DIGIT_PIXELS
 
 
 def draw(scenes: Sequence[Scene], *, image_size: int) -> Tensor:
@@ -61,43 +65,59 @@ def draw(scenes: Sequence[Scene], *, image_size: int) -> Tensor:
 
 
 def _draw(scenes: Sequence[Scene], image_size: int) -> Tensor:
-    """The image is linear in three planes (shape, digits, noise), so they are averaged and colors come afterwards."""
-    planes_MPNN = np.zeros((len(scenes), 3, NATIVE, NATIVE), np.float32)
+    """The image is linear in two planes, the shape and what all colors share: they are averaged, and then colored."""
+    planes_PMNN = np.zeros((2, len(scenes), NATIVE, NATIVE), np.float32)
+    shape_MNN, shared_MNN = planes_PMNN
     random_MK = np.empty((len(scenes), 15), np.float32)
     for index, scene in enumerate(scenes):
         rng = np.random.default_rng(scene.seed)
         random_MK[index] = rng.random(15, np.float32)
-        noise = np.frombuffer(rng.bytes(NATIVE * NATIVE), np.uint8).reshape(NATIVE, NATIVE)
-        np.multiply(noise, 2 * NOISE / 255, out=planes_MPNN[index, 2], casting="same_kind")
-        _put_digits(planes_MPNN[index, 1], scene.digits, random_MK[index, 7:])
-    _put_shapes(planes_MPNN[:, 0], [scene.shape for scene in scenes], random_MK)
-    planes_MPNN[:, 0] *= 1 - planes_MPNN[:, 1]
-    shape, digit, noise = F.interpolate(
-        torch.from_numpy(planes_MPNN), size=(image_size, image_size), mode="area"
-    ).split(1, dim=1)  # each (M, 1, R, R)
-    jitter = torch.from_numpy(random_MK)
-    back = 0.3 + 0.2 * jitter[:, 3, None, None, None]
-    color = torch.tensor([COLORS[scene.color] for scene in scenes]) + 0.1 * (jitter[:, 4:7] - 0.5)
-    images = back * (1 - shape - digit) + color[:, :, None, None] * shape + digit + noise - NOISE
+        noise = rng.bit_generator.random_raw(NATIVE * NATIVE // 8).view(np.uint8)
+        shared_MNN[index] = noise.reshape(NATIVE, NATIVE)  # in units of STEP
+    back_M = 0.3 + 0.2 * random_MK[:, 3]
+    bright_M = (1 - back_M) / STEP
+    offsets = (4 * random_MK[:, 7:]).astype(int).tolist()  # up to three pixels
+    _put_shapes(shape_MNN, [scene.shape for scene in scenes], random_MK)
+    for index, scene in enumerate(scenes):
+        _put_digits(shape_MNN[index], shared_MNN[index], scene.digits, offsets[index], bright_M[index])
+    means_NR = _means(image_size).expand(
+        2, len(scenes), -1, -1
+    )  # image by image, so that no other image rounds this one
+    shape_MRR, shared_MRR = means_NR.mT @ (torch.from_numpy(planes_PMNN) @ means_NR)
+    jitter_MC = torch.from_numpy(random_MK[:, 4:7])
+    color_MC = torch.tensor([COLORS[scene.color] for scene in scenes]) + 0.1 * (jitter_MC - 0.5)
+    back_M1 = torch.from_numpy(back_M)[:, None]
+    plain_MRR = shared_MRR * STEP + (back_M1[..., None] - NOISE)
+    images = (color_MC - back_M1)[..., None, None] * shape_MRR[:, None] + plain_MRR[:, None]
     return images.clamp(0, 1)
 
 
-def _put_shapes(planes_MNN: Array, shapes: Sequence[str], random_MK: Array) -> None:
+@lru_cache(maxsize=8)
+def _means(image_size: int) -> Tensor:
+    """Native pixels to means over windows [floor(i N / R), ceil((i + 1) N / R)), (N, R)."""
+    return F.adaptive_avg_pool1d(torch.eye(NATIVE), image_size)
+
+
+def _put_shapes(plane_MNN: Array, shapes: Sequence[str], random_MK: Array) -> None:
     """Set the pixels of each image's shape to 1."""
-    axis = np.arange(NATIVE, dtype=np.float32) + 0.5
+    axis = np.arange(MARGIN, NATIVE - MARGIN, dtype=np.float32) + 0.5
     center = NATIVE / 2 + JITTER * (2 * random_MK[:, :2] - 1)
     radius = RADIUS * (0.85 + 0.3 * random_MK[:, 2])
     for name in set(shapes):
         chosen = [index for index, shape in enumerate(shapes) if shape == name]
         u = (axis[None, None, :] - center[chosen, 0, None, None]) / radius[chosen, None, None]
         v = (axis[None, :, None] - center[chosen, 1, None, None]) / radius[chosen, None, None]
-        planes_MNN[chosen] = INSIDE[name](u, v)
+        plane_MNN[chosen, MARGIN : NATIVE - MARGIN, MARGIN : NATIVE - MARGIN] = INSIDE[name](u, v)
 
 
-def _put_digits(plane_NN: Array, digits: Sequence[str], random_K: Array) -> None:
-    """Set the pixels of four digits to 1, each up to three pixels off its place."""
-    height, width = DIGIT_PIXELS[0].shape
-    for corner, digit in enumerate(digits):
-        x = LEFT + int(4 * random_K[2 * corner]) + APART * (corner % 2)
-        y = TOP + int(4 * random_K[2 * corner + 1]) + APART * (corner // 2)
-        plane_NN[y : y + height, x : x + width] = DIGIT_PIXELS[int(digit)]
+def _put_digits(
+    shape_NN: Array, shared_NN: Array, digits: Sequence[str], offsets: Sequence[int], bright: float
+) -> None:
+    """Four digits, each some pixels off its place: brighter by so much, and before the shape."""
+    _, height, width = DIGIT_PIXELS.shape
+    pixels_DHW = bright * DIGIT_PIXELS
+    for corner, digit in enumerate(map(int, digits)):
+        x = LEFT + offsets[2 * corner] + APART * (corner % 2)
+        y = TOP + offsets[2 * corner + 1] + APART * (corner // 2)
+        shared_NN[y : y + height, x : x + width] += pixels_DHW[digit]
+        shape_NN[y : y + height, x : x + width] *= AROUND_DIGITS[digit]

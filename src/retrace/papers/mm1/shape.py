@@ -47,16 +47,22 @@ class ConnectorShape(Frozen):
     hidden_size: int = Field(ge=1)  # inside of the C-Abstractor; others do not use it
     depth: int = Field(ge=0)  # bottlenecks before the pooling, and as many behind; 0: pooling and a two-layer read-out
     norm_epsilon: float = Field(1e-5, gt=0)  # of the bottlenecks' norms; Honeybee's, that is timm's, have the default
+    zero_init: bool = False  # of the bottlenecks' last norms: they begin as their shortcuts; Honeybee's do not
 
     @model_validator(mode="after")
     def _tokens_make_a_grid(self) -> Self:
-        side = round(self.num_tokens**0.5)
+        side = self.side
         if self.kind != "attention_pool" and side * side != self.num_tokens:
             raise ValueError(
                 f"num_tokens={self.num_tokens} with kind={self.kind}: expected a square, such as {side * side} or "
                 f"{(side + 1) ** 2}; attention_pool takes any number"
             )
         return self
+
+    @property
+    def side(self) -> int:
+        """Image tokens a side, where they are a grid."""
+        return round(self.num_tokens**0.5)
 
 
 class ExpertsShape(Frozen):
