@@ -103,8 +103,10 @@ class CAbstractor(nn.Module):
         self.positions = nn.Parameter(torch.empty(grid * grid, in_size).normal_(std=0.02)) if depth else None
         inner = shape.hidden_size if depth else in_size
         sizes = [in_size] + [inner] * (2 * depth)
-        options = {"epsilon": shape.norm_epsilon, "zero_init": shape.zero_init}
-        blocks = [Bottleneck(before, after, **options) for before, after in pairwise(sizes)]
+        blocks = [
+            Bottleneck(before, after, epsilon=shape.norm_epsilon, zero_init=shape.zero_init)
+            for before, after in pairwise(sizes)
+        ]
         self.before, self.behind = nn.Sequential(*blocks[:depth]), nn.Sequential(*blocks[depth:])
         self.read_out = nn.Sequential(nn.Linear(inner, out_size), nn.SiLU(), nn.Linear(out_size, out_size))
 

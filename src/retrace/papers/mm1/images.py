@@ -80,10 +80,8 @@ def _draw(scenes: Sequence[Scene], image_size: int) -> Tensor:
     _put_shapes(shape_MNN, [scene.shape for scene in scenes], random_MK)
     for index, scene in enumerate(scenes):
         _put_digits(shape_MNN[index], shared_MNN[index], scene.digits, offsets[index], bright_M[index])
-    means_NR = _means(image_size).expand(
-        2, len(scenes), -1, -1
-    )  # image by image, so that no other image rounds this one
-    shape_MRR, shared_MRR = means_NR.mT @ (torch.from_numpy(planes_PMNN) @ means_NR)
+    means_PMNR = _means(image_size).expand(2, len(scenes), -1, -1)  # so that no image rounds another
+    shape_MRR, shared_MRR = means_PMNR.mT @ (torch.from_numpy(planes_PMNN) @ means_PMNR)
     jitter_MC = torch.from_numpy(random_MK[:, 4:7])
     color_MC = torch.tensor([COLORS[scene.color] for scene in scenes]) + 0.1 * (jitter_MC - 0.5)
     back_M1 = torch.from_numpy(back_M)[:, None]

@@ -20,7 +20,7 @@ from retrace.papers.mm1.world import Scene, draw_scene
 
 DIGIT_BLOCKS = 300  # at the start, until digits are read; with color in the captions they are not, in 1000 steps
 SCENE = (0, 1)  # places in a caption; a pair of color and shape stays one that is trained on
-DIGITS = ((2, 3), (4, 5))
+DIGIT_PAIRS = ((2, 3), (4, 5))  # top and bottom
 SCENE_SHARE = 0.5  # of the later blocks, whose images differ in it; in those of the others one pair of digits does
 
 
@@ -40,7 +40,7 @@ class PartsSource(ProceduralSource):
         if block < DIGIT_BLOCKS:
             return scene, " ".join(scene.digits)
         rng = random.Random(f"block/{self.config.world_seed}/{self.seed}/{block}")
-        varied = SCENE if rng.random() < SCENE_SHARE else rng.choice(DIGITS)
+        varied = SCENE if rng.random() < SCENE_SHARE else rng.choice(DIGIT_PAIRS)
         shared = draw_scene(self.config, rng)
         own, others = (scene.color, scene.shape, *scene.digits), (shared.color, shared.shape, *shared.digits)
         color, shape, a, b, c, d = (own[place] if place in varied else others[place] for place in range(len(own)))
