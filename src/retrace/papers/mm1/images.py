@@ -1,6 +1,6 @@
 """Images of scenes: drawn at 96 pixels a side and averaged down to the size that the encoder gets (Section 5).
 
-Shapes: M images, N native pixels a side, R pixels a side, P = 3 planes.
+Shapes: M images, N native pixels a side, R pixels a side, P = 2 planes, C = 3 colors.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ LEFT, TOP, APART = 3, 4, 64  # of the first digit; patches of grids of 3, 6, 9 a
 RADIUS, JITTER = 26.0, 5.0  # of the shape; jitter of its center in native pixels
 NOISE = 0.25  # half the width of the brightness noise of a native pixel
 STEP = 2 * NOISE / 255  # between two brightnesses of it
-MARGIN = 13  # native pixels that no shape reaches
-DRAWN_AT_ONCE = 32  # so that the planes stay in the processor's cache
+MARGIN = int(NATIVE / 2 - JITTER - 1.15 * RADIUS)  # native pixels that no shape reaches
+DRAWN_AT_ONCE = 32  # so that few planes are alive at a time
 GLYPHS = (
     "111101101101111", "010110010010111", "111001111100111", "111001111001111", "101101111001001",
     "111100111001111", "111100111101111", "111001010010010", "111101111101111", "111101111001111",
