@@ -110,6 +110,22 @@ def test_what_builds_on_most_goes_first_so_that_results_come_early(
     assert order.index("next") <= 4, "not behind all that they could wait for"
 
 
+def test_of_equals_the_one_from_which_the_longest_way_is_left_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried_out: list[str] = []
+    monkeypatch.setattr(Worker, "run", lambda _, spec, __: (carried_out.append(spec.id), ("DONE", ""))[1])
+    specs = [run("unknown"), run("quick"), run("long"), run("leads far"), run("far", "leads far", "quick")]
+    specs = [replace(spec, hardware=HARDWARE.model_copy(update={"parallel_runs": 1})) for spec in specs]
+    seconds = {"unknown": None, "quick": 1.0, "long": 50.0, "leads far": 20.0, "far": 40.0}
+    launcher = Local(Store(tmp_path), command="test", on_change=lambda *_: None, expected=seconds)
+    launcher.run(specs)
+    assert launch.seconds_left({spec.id: spec for spec in specs}, seconds) == {
+        "unknown": 0.0, "quick": 41.0, "long": 50.0, "leads far": 60.0, "far": 40.0
+    }  # fmt: skip
+    assert [name for name in carried_out if name != "far"] == ["leads far", "long", "quick", "unknown"]
+
+
 def test_runs_that_will_never_start_are_told_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Worker, "run", lambda *_: ("FAILED", "why"))
     seen: list[tuple[str, str]] = []

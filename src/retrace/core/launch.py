@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
+from types import MappingProxyType
 
 from retrace.core.plan import RunSpec
 from retrace.core.record import FINISHED
@@ -38,13 +39,22 @@ class Summary:
 class Local:
     """This machine. `on_change` is called with (id, status, reason) whenever a run starts, ends or will never start."""
 
-    def __init__(self, store: Store, *, command: str, on_change: Callable[[str, str, str], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        command: str,
+        on_change: Callable[[str, str, str], None],
+        expected: Mapping[str, float | None] = MappingProxyType({}),
+    ) -> None:
+        """`expected`: seconds that a run should take, by id, where that is known."""
         self._store = store
         self._command = command
+        self._expected = expected
         self._on_change = on_change
         self._halt = threading.Event()  # set on Ctrl-C: nothing new is started
         self._workers: list[Worker] = []
-        self._ready: queue.PriorityQueue[tuple[int, int, RunSpec | None]] = queue.PriorityQueue()
+        self._ready: queue.PriorityQueue[tuple[int, float, int, RunSpec | None]] = queue.PriorityQueue()
         self._number = itertools.count()  # of what is put there, so that equals stay in order
         self._ended: queue.Queue[tuple[RunSpec, str, str]] = queue.Queue()
 
@@ -66,7 +76,7 @@ class Local:
         finally:
             self._halt.set()
             for _ in threads:
-                self._ready.put((1, next(self._number), None))
+                self._ready.put((1, 0.0, next(self._number), None))  # behind all runs
             while any(thread.is_alive() for thread in threads):
                 for worker in self._workers if stopping else ():
                     worker.stop()  # more than once: it may just be starting a process
@@ -77,20 +87,22 @@ class Local:
     def _schedule(self, waiting: dict[str, RunSpec], summary: Summary) -> None:
         """Hand out runs whose parents are done, until nothing waits and nothing runs.
 
-        Those that build on most go first, so that results come early. A run that somebody else holds is looked at again
-        after `BUSY_SECONDS`, and takes no slot until then.
+        Those that build on most go first, so that results come early; of equals those from which the longest way is
+        left, so that no slot idles behind it at the end. A run that somebody else holds is looked at again after
+        `BUSY_SECONDS`, and takes no slot until then.
         """
         order = TopologicalSorter({i: waiting.keys() & spec.parents.values() for i, spec in waiting.items()})
         order.prepare()
-        depth = depths(waiting)
+        depth, left = depths(waiting), seconds_left(waiting, self._expected)
+        place = {run_id: (-depth[run_id], -left[run_id], number) for number, run_id in enumerate(waiting)}
         running = 0
         held: dict[str, float] = {}  # run that somebody else holds -> when to look at it again
         while waiting or running:
             now = time.monotonic()
             due = [*order.get_ready(), *(run_id for run_id, at in held.items() if at <= now)]
-            for spec in [waiting.pop(run_id) for run_id in due if run_id in waiting]:  # others are skipped
+            for run_id in sorted(waiting.keys() & due, key=place.__getitem__):  # others are skipped
                 running += 1
-                self._ready.put((-depth[spec.id], next(self._number), spec))
+                self._ready.put((*place[run_id], waiting.pop(run_id)))
             held = {run_id: at for run_id, at in held.items() if run_id in waiting}
             try:
                 spec, status, reason = self._ended.get(timeout=max(0.0, min(held.values()) - now) if held else None)
@@ -120,7 +132,7 @@ class Local:
     def _serve(self) -> None:
         """One slot: freeze a run, give it to the worker, report."""
         worker: Worker | None = None
-        while (spec := self._ready.get()[2]) is not None:
+        while (spec := self._ready.get()[-1]) is not None:
             if self._halt.is_set():
                 self._ended.put((spec, "STOPPED", ""))
                 continue
@@ -148,6 +160,17 @@ def depths(runs: Mapping[str, RunSpec]) -> dict[str, int]:
     found: dict[str, int] = {}
     for run_id, spec in runs.items():
         found[run_id] = max((found[parent] + 1 for parent in spec.parents.values() if parent in found), default=0)
+    return found
+
+
+def seconds_left(runs: Mapping[str, RunSpec], expected: Mapping[str, float | None]) -> dict[str, float]:
+    """How long the longest way takes that begins with each of these runs; one of unknown time counts nothing."""
+    found: dict[str, float] = {}
+    behind = dict.fromkeys(runs, 0.0)
+    for run_id, spec in reversed(list(runs.items())):  # parents come before their children
+        found[run_id] = behind[run_id] + (expected.get(run_id) or 0.0)
+        for parent in behind.keys() & spec.parents.values():
+            behind[parent] = max(behind[parent], found[run_id])
     return found
 
 

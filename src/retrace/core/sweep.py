@@ -49,7 +49,8 @@ def sweep(specs: Sequence[RunSpec], *, command: str, console: Console) -> int:
     expected = planview.expected_seconds(specs, store=store)
     with SweepProgress(specs, store=store, console=console, expected=expected) as progress:
         try:
-            summary = Local(store, command=command, on_change=progress.on_change).run(specs)
+            launcher = Local(store, command=command, on_change=progress.on_change, expected=expected)
+            summary = launcher.run(specs)
         except KeyboardInterrupt:
             console.print("stopped; every run keeps its last checkpoint, and the same command goes on from there")
             return 130
