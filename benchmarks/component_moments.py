@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from retrace.papers.deepscalelm import components as com
 from retrace.papers.deepscalelm.components import GradMoments, Moments
 
 RESULTS = Path(__file__).parent / "results" / "component_moments.json"
-PUBLISHED = {  # Section 6, the official log: percentiles 50, 90, 99
+PUBLISHED: dict[str, dict[str, list[float]]] = {  # Section 6, the official log: percentiles 50, 90, 99
     "linear": {"var": [0.4, 1.4, 2.8], "cov": [0.4, 1.4, 2.8], "grad_var": [0.2, 1, 2.2], "grad_cov": [0.2, 1, 2.2]},
     "relu": {"var": [0.5, 1.9, 3.4], "cov": [0.3, 1.6, 3.1], "grad_var": [0.6, 1.5, 2.6], "grad_cov": [0.2, 1.1, 2.3]},
     "gelu": {"var": [0.2, 0.6, 1.3], "cov": [0.1, 0.5, 1.2], "grad_var": [0.2, 0.6, 1.1], "grad_cov": [0.1, 0.4, 0.9]},
@@ -206,7 +207,7 @@ def attention(table: Table, item: str, *, std: float, causal: bool = False, corr
     v = weights(batch, width, out, gain / width)
     attend, start = one_head(std, std, v, p, causal=causal), draw(x, batch, length, width)
     result, grad, top = gradient(lambda t: attend(t, t), start, g)
-    options = {"width": width, "seq_len": length, "score_var": std**4, "attention_dropout": p}
+    options: dict[str, Any] = {"width": width, "seq_len": length, "score_var": std**4, "attention_dropout": p}
     control = (start.shared @ v).square().mean((1, 2)) - gain * float(x.corr)
     back_gain = gain / width * out
     summed = float(g.corr) * (2 if causal else 1)
@@ -230,7 +231,7 @@ def cross(table: Table) -> None:
     inputs, held = start.values.requires_grad_(), read.values.requires_grad_()
     result, top = attend(inputs, held), draw(g, batch, queries, out)
     at_x, at_memory = torch.autograd.grad(result, (inputs, held), top.values)
-    options = {"width": width, "num_keys": keys, "score_var": 1.0, "attention_dropout": p}
+    options: dict[str, Any] = {"width": width, "num_keys": keys, "score_var": 1.0, "attention_dropout": p}
     control = (read.shared @ v).square().mean((1, 2)) - float(memory.corr)
     table.add("cross-attention", result.detach(), att.cross_attention(x, memory, **options), control=control)
     options |= {"num_queries": queries, "gain": out / width}

@@ -190,7 +190,7 @@ def _losses(
         return nll, nll.sum() / valid.sum()
 
     base_nll, base_loss = cross_entropy(base_ATC, 0, torch.ones_like(counts_AT))
-    talk_losses, reward = [], 0.0
+    talk_losses, reward = [], base_nll.new_zeros(())
     for offset, thought_ATC in enumerate(talk):
         before_ATC = _shift(base_ATC, offset)
         mixed_ATC = thought_ATC
@@ -218,7 +218,7 @@ def _losses(
     weight = weight / (weight.sum() * config.num_sampled)
     policy = advantage.reshape(num_rows, num_columns, 1) * log_probs_ATM[:, :num_columns]
     policy_loss = -(policy * weight[..., None]).sum()
-    talk_loss = sum(talk_losses) / num_true
+    talk_loss = sum(talk_losses, base_nll.new_zeros(())) / num_true
     loss = (
         config.base_loss_weight * base_loss + config.talk_loss_weight * talk_loss + config.policy_weight * policy_loss
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 from retrace.core.config import HOME
 from retrace.core.identity import science
 from retrace.core.plan import plan
+from retrace.core.record import Record
 from retrace.core.store import Store
 
 RESULTS = Path(__file__).parent / "results" / "harness.json"
@@ -53,7 +54,7 @@ def fill(home: str, num_seeds: int, *, earlier: bool) -> None:
 
     `earlier`: those of the fourth seed and on are runs of the first three under earlier configs, which no report uses.
     """
-    records = {}
+    records: dict[tuple[str, str], Record] = {}
     for record in Store(HOME).records("quietstar"):
         for label in record.labels:
             records.setdefault((label.rpartition("/s")[0], record.program), record)

@@ -18,10 +18,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from retrace.core.context import Context
 from retrace.core.optim import Optim
 from retrace.core.plan import plan
 from retrace.core.store import Store
@@ -39,7 +39,7 @@ def train(ahead: bool) -> dict[str, list[float]]:
     """Of each training (seconds, seconds waited for batches), in this process."""
     waited = 0.0
 
-    def clocked(rows: Rows, optim: Optim, _: Any) -> Rows:
+    def clocked(rows: Rows, optim: Optim, ctx: Context) -> Rows:  # noqa: ARG001
         made = Ahead(rows, between=optim.batch_size, end=optim.steps * optim.batch_size) if ahead else rows
 
         def timed(numbers: range) -> Mapping[str, Tensor]:
@@ -69,6 +69,7 @@ def train(ahead: bool) -> dict[str, list[float]]:
             assert outcome.status == "DONE", outcome
             if spec.program in TRAININGS:
                 seconds = next(r for r in store.records("mm1") if r.id == spec.id).cost.seconds
+                assert seconds is not None
                 found[spec.program] = [seconds, waited]
     return found
 

@@ -117,9 +117,11 @@ def as_llava(model: MultimodalModel) -> LlavaForConditionalGeneration:
     llava.set_attn_implementation("sdpa")
     llava.model.vision_tower.load_state_dict(model.encoder.trunk.state_dict())
     llava.model.language_model.load_state_dict(model.decoder.trunk.model.state_dict())
+    read_out = model.connector.read_out
+    assert isinstance(read_out, nn.Sequential)
     for ours, theirs in ((0, "linear_1"), (2, "linear_2")):
         layer = getattr(llava.model.multi_modal_projector, theirs)
-        layer.load_state_dict(model.connector.read_out[ours].state_dict())
+        layer.load_state_dict(read_out[ours].state_dict())
     return llava
 
 
@@ -159,7 +161,8 @@ def packed(documents: list[Document], num_tokens: int, images: Tensor) -> Packed
         blank = width - len(ids)
         for column, values, fill in zip(columns, (ids, positions, owners, shifted), (0, 0, 0, IGNORED), strict=True):
             column.append(values + [fill] * blank)
-    return PackedBatch(*(torch.tensor(column) for column in columns), images)
+    input_ids, position_ids, document_ids, labels = (torch.tensor(column) for column in columns)
+    return PackedBatch(input_ids, position_ids, document_ids, labels, images)
 
 
 def compare(*sides: tuple[nn.Module, Callable[[], Tensor]], repeats: int) -> list[float]:
