@@ -99,6 +99,13 @@ class Counts(Frozen):
     many: int
 
 
+class Length(Frozen):
+    """Updates of a joint pre-training, and those at the peak rate."""
+
+    steps: int
+    hold_steps: int
+
+
 class Decoders(Frozen):
     """Decoders of the learning rate's law."""
 
@@ -114,6 +121,7 @@ class Sizes(Frozen):
     low_patch_size: int  # of encoders at the low resolution, whose grid must have a patch for each image token
     tokens: Counts
     seq_len: Counts
+    connectors: Length  # each connector's training where connectors are compared
     larger: int  # width of the larger encoder, and of its MLP
     larger_mlp: int
     experts: int
