@@ -110,7 +110,7 @@ def test_what_builds_on_most_goes_first_so_that_results_come_early(
     assert order.index("next") <= 4, "not behind all that they could wait for"
 
 
-def test_of_equals_the_one_from_which_the_longest_way_is_left_goes_first(
+def test_of_equals_the_one_with_the_longest_critical_path_goes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     carried_out: list[str] = []
@@ -120,7 +120,7 @@ def test_of_equals_the_one_from_which_the_longest_way_is_left_goes_first(
     seconds = {"unknown": None, "quick": 1.0, "long": 50.0, "leads far": 20.0, "far": 40.0}
     launcher = Local(Store(tmp_path), command="test", on_change=lambda *_: None, expected=seconds)
     launcher.run(specs)
-    assert launch.seconds_left({spec.id: spec for spec in specs}, seconds) == {
+    assert launch.critical_paths({spec.id: spec for spec in specs}, seconds) == {
         "unknown": 0.0, "quick": 41.0, "long": 50.0, "leads far": 60.0, "far": 40.0
     }  # fmt: skip
     assert [name for name in carried_out if name != "far"] == ["leads far", "long", "quick", "unknown"]

@@ -5,7 +5,6 @@ A worker that dies takes down its run, which is told, and nothing else. core/wor
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
 import time
@@ -55,7 +54,6 @@ class Local:
         self._halt = threading.Event()  # set on Ctrl-C: nothing new is started
         self._workers: list[Worker] = []
         self._ready: queue.PriorityQueue[tuple[int, float, int, RunSpec | None]] = queue.PriorityQueue()
-        self._number = itertools.count()  # of what is put there, so that equals stay in order
         self._ended: queue.Queue[tuple[RunSpec, str, str]] = queue.Queue()
 
     def run(self, specs: Sequence[RunSpec]) -> Summary:
@@ -75,8 +73,8 @@ class Local:
             stopping = False
         finally:
             self._halt.set()
-            for _ in threads:
-                self._ready.put((1, 0.0, next(self._number), None))  # behind all runs
+            for number in range(len(threads)):
+                self._ready.put((1, 0.0, number, None))  # behind all runs
             while any(thread.is_alive() for thread in threads):
                 for worker in self._workers if stopping else ():
                     worker.stop()  # more than once: it may just be starting a process
@@ -87,14 +85,14 @@ class Local:
     def _schedule(self, waiting: dict[str, RunSpec], summary: Summary) -> None:
         """Hand out runs whose parents are done, until nothing waits and nothing runs.
 
-        Those that build on most go first, so that results come early; of equals those from which the longest way is
-        left, so that no slot idles behind it at the end. A run that somebody else holds is looked at again after
+        Those that build on most go first, so that results come early; of equals the one with the longest critical path,
+        so that no slot idles behind it at the end. A run that somebody else holds is looked at again after
         `BUSY_SECONDS`, and takes no slot until then.
         """
         order = TopologicalSorter({i: waiting.keys() & spec.parents.values() for i, spec in waiting.items()})
         order.prepare()
-        depth, left = depths(waiting), seconds_left(waiting, self._expected)
-        place = {run_id: (-depth[run_id], -left[run_id], number) for number, run_id in enumerate(waiting)}
+        depth, path = depths(waiting), critical_paths(waiting, self._expected)
+        place = {run_id: (-depth[run_id], -path[run_id], number) for number, run_id in enumerate(waiting)}
         running = 0
         held: dict[str, float] = {}  # run that somebody else holds -> when to look at it again
         while waiting or running:
@@ -163,8 +161,8 @@ def depths(runs: Mapping[str, RunSpec]) -> dict[str, int]:
     return found
 
 
-def seconds_left(runs: Mapping[str, RunSpec], expected: Mapping[str, float | None]) -> dict[str, float]:
-    """How long the longest way takes that begins with each of these runs; one of unknown time counts nothing."""
+def critical_paths(runs: Mapping[str, RunSpec], expected: Mapping[str, float | None]) -> dict[str, float]:
+    """Seconds of the longest chain that begins with each of these runs; one of unknown time counts nothing."""
     found: dict[str, float] = {}
     behind = dict.fromkeys(runs, 0.0)
     for run_id, spec in reversed(list(runs.items())):  # parents come before their children
